@@ -1,0 +1,74 @@
+"""Parameters, RMSNorm and SwiGLU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv2_jax.config import ModelConfig
+from kernels_pallas.swiglu import swiglu
+
+nnx.use_eager_sharding(False)  # the mesh is applied to the whole state at once, under jit
+
+
+def parameter(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
+    """A float32 matrix from N(0, std^2), with the logical name of each axis (sharding.py maps those to the mesh)."""
+    assert len(shape) == len(axes)
+    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, w.astype(x.dtype))
+
+
+def _einsum_forward(equation, x, w):
+    return _einsum(equation, x, w), (x, w)
+
+
+def _einsum_backward(equation, residuals, dy):
+    x, w = residuals
+    x_axes, w_axes, y_axes = equation.replace("->", ",").split(",")
+    dx = jnp.einsum(f"{y_axes},{w_axes}->{x_axes}", dy, w.astype(dy.dtype))
+    # The first operand is transposed in memory by XLA on CPUs: let it be the narrower one.
+    (a_axes, a), (b_axes, b) = sorted([(x_axes, x), (y_axes, dy)], key=lambda operand: operand[1].size)
+    return dx, jnp.einsum(f"{a_axes},{b_axes}->{w_axes}", a, b, preferred_element_type=w.dtype)
+
+
+_einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
+def project(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
+    """einsum(equation, x, w) in the dtype of x: the one place where float32 masters become compute weights.
+
+    The gradient of a master is added up in float32 and never rounded to the compute dtype on its way.
+    """
+    return _einsum(equation, x, w[...])
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(dim, jnp.float32), axes=("norm",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * inverse * self.scale[...]).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """FFN(x) = (silu(x gate) * (x up)) down (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, width: int, key: jax.Array):
+        gate_key, up_key, down_key = jax.random.split(key, 3)
+        self.gate = parameter(gate_key, (config.dim, width), ("embed", "mlp"), config.init_std)
+        self.up = parameter(up_key, (config.dim, width), ("embed", "mlp"), config.init_std)
+        self.down = parameter(down_key, (width, config.dim), ("mlp", "embed"), config.init_std)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        h_BTF = swiglu(project("btd,df->btf", x_BTD, self.gate), project("btd,df->btf", x_BTD, self.up))
+        return project("btf,fd->btd", h_BTF, self.down)

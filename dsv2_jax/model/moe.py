@@ -1,0 +1,54 @@
+"""DeepSeekMoE: shared experts for every token, routed experts for the chosen (report, section 2.2.1)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv2_jax.config import ModelConfig
+from dsv2_jax.model import router
+from dsv2_jax.model.layers import SwiGLU, parameter
+from dsv2_jax.types import MoEStats
+from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
+from kernels_pallas.tiles import make_layout, tile_size
+from kernels_pallas.token_dispatch import combine, dispatch
+
+
+class MoE(nnx.Module):
+    """FFN(y) = sum of shared FFNs + sum_i g_i FFN_i(y). The shared experts are one SwiGLU of their joint width."""
+
+    def __init__(self, model: ModelConfig, key: jax.Array):
+        config = model.moe
+        router_key, shared_key, gate_key, up_key, down_key = jax.random.split(key, 5)
+        E, D, F, std = config.routed_experts, model.dim, config.expert_width, model.init_std
+        self.centroids = parameter(router_key, (D, E), ("embed", "router"), std)
+        if config.shared_experts:
+            self.shared = SwiGLU(model, config.shared_experts * F, shared_key)
+        self.gate = parameter(gate_key, (E, D, F), ("expert", "embed", "expert_mlp"), std)
+        self.up = parameter(up_key, (E, D, F), ("expert", "embed", "expert_mlp"), std)
+        self.down = parameter(down_key, (E, F, D), ("expert", "expert_mlp", "embed"), std)
+        self.config, self.compute = config, model.compute
+
+    def __call__(
+        self, y_BTD: jax.Array, real_BT: jax.Array, *, training: bool = False, protected_B: jax.Array | None = None
+    ) -> tuple[jax.Array, MoEStats]:
+        with jax.named_scope("router"):
+            logits_BTE = jnp.einsum("btd,de->bte", y_BTD.astype(jnp.float32), self.centroids[...])
+            routing = router.route(logits_BTE, real_BT, self.config, training=training, protected_B=protected_B)
+        with jax.named_scope("routed"):
+            out_BTD = self.routed(y_BTD, routing)
+        if self.config.shared_experts:
+            with jax.named_scope("shared"):
+                out_BTD += self.shared(y_BTD)
+        return out_BTD, routing.stats
+
+    def routed(self, y_BTD: jax.Array, routing: router.Routing) -> jax.Array:
+        """sum_i g_i FFN_i(y): tokens to rows sorted by expert, each expert on its rows, rows back to tokens."""
+        (B, T, D), K = y_BTD.shape, self.config.experts_per_token
+        E, matmul, moving = self.config.routed_experts, self.compute.grouped_matmul, self.compute.token_dispatch
+        layout = make_layout(routing.expert_BTK.reshape(B * T, K), E, tile_size(B * T * K, E))
+        gate_EDF, up_EDF, down_EFD = (w[...].astype(y_BTD.dtype) for w in (self.gate, self.up, self.down))
+        x_GD = dispatch(y_BTD.reshape(B * T, D), layout, implementation=moving)
+        h_GF = grouped_swiglu(x_GD, gate_EDF, up_EDF, layout, implementation=matmul)
+        o_GD = grouped_matmul(h_GF, down_EFD, layout, implementation=matmul)
+        out_TD = combine(o_GD, routing.gate_BTK.reshape(B * T, K), layout, implementation=moving)
+        return out_TD.reshape(B, T, D)

@@ -5,6 +5,7 @@ the number of tiles is bounded statically by ceil(pairs / tile) + experts, and o
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,16 @@ class TileLayout:
         return self.token_of_row_G.shape[0] // self.expert_of_tile.shape[0]
 
 
-def tile_size(pairs: int, experts: int, largest: int = 128) -> int:
-    """A power of two near half the rows an expert gets on average: tiles well filled, and large enough to be fast."""
-    return min(largest, 1 << max(0, (pairs // (2 * experts)).bit_length()))
+def tile_size(pairs: int, experts: int, smallest: int = 16, largest: int = 128) -> int:
+    """Rows of a tile: a power of two near half of what an expert gets on average, so that little is padding.
+
+    Up to `smallest` rows a tile costs no more than the weights it reads, so that few pairs take twice their average.
+    """
+    def power(rows: float) -> int:
+        return 1 << max(0, math.ceil(math.log2(rows)))
+
+    average = pairs / experts
+    return min(max(power(average / 2), min(smallest, power(average * 2))), largest)
 
 
 def make_layout(expert_TK: jax.Array, experts: int, tile: int) -> TileLayout:

@@ -6,17 +6,17 @@ _HIDDEN = -1e30
 
 
 def latent_attention(q_BTNC, cache_BSC, offset_B, value_dim, scale):
-    T, N = q_BTNC.shape[1:3]
+    B, T, N, C = q_BTNC.shape
     S = cache_BSC.shape[1]
-    scores_BTNS = jnp.einsum("btnc,bsc->btns", q_BTNC, cache_BSC, preferred_element_type=jnp.float32)
+    # The cache is the first operand, as it lies in memory: XLA on CPUs would transpose a second one, every token.
+    q_BCM = q_BTNC.reshape(B, T * N, C).swapaxes(1, 2)
+    scores_BSM = jnp.einsum("bsc,bcm->bsm", cache_BSC, q_BCM, preferred_element_type=jnp.float32)
+    scores_BTNS = scores_BSM.swapaxes(1, 2).reshape(B, T, N, S)
     visible_BTS = (offset_B[:, None] + jnp.arange(T))[:, :, None] >= jnp.arange(S)
     scores_BTNS = jnp.where(visible_BTS[:, :, None], scores_BTNS * scale, _HIDDEN)
     weights_BTNS = jnp.exp(scores_BTNS - jnp.max(scores_BTNS, axis=-1, keepdims=True))
     total_BTN1 = jnp.sum(weights_BTNS, axis=-1, keepdims=True)
-    o_BTNR = jnp.einsum(
-        "btns,bsr->btnr",
-        weights_BTNS.astype(cache_BSC.dtype),
-        cache_BSC[..., :value_dim],
-        preferred_element_type=jnp.float32,
-    )
-    return (o_BTNR / total_BTN1).astype(q_BTNC.dtype)
+    # Averaging the whole entry costs R + P instead of R; cutting the values out would copy the cache.
+    weights_BMS = weights_BTNS.reshape(B, T * N, S).astype(cache_BSC.dtype)
+    o_BMC = jnp.einsum("bms,bsc->bmc", weights_BMS, cache_BSC, preferred_element_type=jnp.float32)
+    return (o_BMC.reshape(B, T, N, C)[..., :value_dim] / total_BTN1).astype(q_BTNC.dtype)

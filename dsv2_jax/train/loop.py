@@ -1,0 +1,255 @@
+"""Pre-training, from a config and a folder to a finished checkpoint: `train` reads from top to bottom."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import tqdm
+
+from dsv2_jax import config_io
+from dsv2_jax.checkpoint import Checkpoints
+from dsv2_jax.config import ConfigError, ExperimentConfig
+from dsv2_jax.data.pipeline import TrainIterator, held_out_batches
+from dsv2_jax.data.prepare import prepare
+from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.model.counting import training_flops_per_token
+from dsv2_jax.train.metrics import BALANCE, MetricsLog, Progress, measure_matmul_rate, read_rows
+from dsv2_jax.train.optimizer import batch_schedule
+from dsv2_jax.train.state import State, abstract_state, new_state, training_part
+from dsv2_jax.train.step import evaluate_batch, make_train_step
+from dsv2_jax.types import Batch
+
+# What a resumed run may change, as dotted paths of ExperimentConfig: anything else would make it another run.
+CHANGEABLE = ("train.steps", "train.log_every", "train.max_bad_steps", "train.checkpoint", "train.evaluation")
+CHANGEABLE += ("train.profile", "data.workers")
+
+
+class TrainingFailed(RuntimeError):
+    """Loss or gradient stayed non-finite for `max_bad_steps` steps."""
+
+
+class Rows(Protocol):
+    """What the loop asks of the training data; `data.pipeline.TrainIterator` is one."""
+
+    def next(self, rows: int) -> Batch: ...
+    def get_state(self) -> dict: ...
+    def set_state(self, state: dict) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where the batches of a run come from."""
+
+    rows: Rows
+    held_out: Callable[[int], Iterator[Batch]]  # batch size -> one pass over the held-out rows
+    unigram_bits_per_byte: float | None = None  # what a unigram model of the training tokens gives on the held-out text
+    facts: dict = dataclasses.field(default_factory=dict)  # worth a row in the log: what each filter removed, ...
+
+
+def train(
+    config: ExperimentConfig,
+    workdir: str | Path,
+    *,
+    data: Data | None = None,
+    matmul_rate: float | None = None,
+) -> dict:
+    """Train `config` in the folder `workdir` to its end, from the newest checkpoint there; returns `summary(workdir)`.
+
+    The folder then holds config.json, checkpoints/, metrics.jsonl and tensorboard/ (and data/, unless `data` is given).
+    `matmul_rate`: FLOP/s that count as full utilisation; None measures it. SIGTERM or Ctrl-C saves and returns early.
+    Raises `ConfigError` when the folder belongs to another run, `CheckpointError` when all its checkpoints are damaged,
+    `TrainingFailed` after `max_bad_steps` non-finite steps in a row.
+    """
+    workdir, settings, model = Path(workdir), config.train, config.model
+    is_main = jax.process_index() == 0
+    say = tqdm.tqdm.write if is_main else lambda message: None
+    keep_config(config, workdir)
+
+    with contextlib.ExitStack() as stack:
+        # Where the run stands.
+        data = data or open_data(config, workdir)
+        stack.callback(data.rows.close)
+        keep = settings.checkpoint
+        folder = workdir / "checkpoints"
+        checkpoints = Checkpoints(folder, keep_last=keep.keep_last, keep_every=keep.keep_every, report=say)
+        stack.callback(checkpoints.close)
+        abstract = abstract_state(config)
+        restored = checkpoints.restore_latest(abstract.model, training_part(abstract))
+        start = 0 if restored is None else restored.step
+        if start >= settings.steps:
+            say(f"{workdir}: this run is complete ({start} steps); raise train.steps to go on")
+            return summary(workdir)
+        if restored is None:
+            state = new_state(config)
+        else:
+            state = State(model=restored.params, **restored.training)
+            data.rows.set_state(restored.iterator)
+            say(f"{workdir}: resuming after step {start} of {settings.steps}")
+        del restored
+
+        # What it reports.
+        log = MetricsLog(workdir, step=start, enabled=is_main)
+        stack.callback(log.close)
+        if matmul_rate is None:
+            matmul_rate = measure_matmul_rate(model.compute.dtype) * jax.device_count()
+        say(f"matmul rate {matmul_rate / 1e9:.0f} GFLOP/s in {model.compute.dtype}; {balance_text(config)}")
+        if start == 0:
+            log.write(0, **data.facts, balance_losses=balance_text(config))
+        flops_per_token = training_flops_per_token(model, settings.sequence_length)
+        progress = Progress(config, log, start=start, full_tokens_per_second=matmul_rate / flops_per_token)
+        stack.callback(progress.close)
+        stopped_by = stack.enter_context(_stop_signals())
+
+        # The run. A step is dispatched before the metrics of the one before it are read, so the device never waits.
+        batches = batch_schedule(settings)
+        train_step = make_train_step(config)
+        pending = None
+        for step in range(start, settings.steps):
+            if settings.profile and step == settings.profile.start:
+                jax.profiler.start_trace(str(workdir / "profile"))
+            batch = split(data.rows.next(batches.size_at(step)), settings.microbatch_size)
+            state, metrics = train_step(state, batch)
+            bad_steps = progress.read(pending)
+            pending, done = metrics, step + 1
+
+            last = done == settings.steps or bool(stopped_by)
+            must_save = last or done % settings.checkpoint.every == 0
+            must_evaluate = settings.evaluation and (done == settings.steps or done % settings.evaluation.every == 0)
+            if must_save or must_evaluate:
+                bad_steps, pending = progress.read(pending), None
+            if bad_steps >= settings.max_bad_steps:
+                raise TrainingFailed(
+                    f"{bad_steps} steps in a row, up to step {progress.row['step']}, had a loss or gradient that is "
+                    f"not finite. {_kept(checkpoints)} Look at their data, or lower train.optimizer.peak_lr."
+                )
+            if settings.profile and done == settings.profile.start + settings.profile.steps:
+                jax.block_until_ready(state.step)
+                jax.profiler.stop_trace()
+                say(f"profile of {settings.profile.steps} steps in {workdir / 'profile'}")
+            if must_evaluate:
+                size = settings.microbatch_size or settings.batch_size
+                row = evaluate(state.model, islice(data.held_out(size), settings.evaluation.batches))
+                load = {} if progress.load_LE is None else {"expert_load": progress.load_LE.tolist()}
+                log.write(done, **row, unigram_bits_per_byte=data.unigram_bits_per_byte, **load)
+                say(f"step {done}: held-out bits per byte {row['held_out/bits_per_byte']:.4f}{_beside(data)}")
+            # Skipped steps leave the parameters as they were, but a streak of them must not push out good checkpoints;
+            # the end of the run is saved always, so that the run is complete.
+            if must_save and (bad_steps == 0 or done == settings.steps):
+                tree = {"params": state.model, "training": training_part(state)}
+                checkpoints.save(done, **tree, iterator=data.rows.get_state(), config=config_io.to_dict(config))
+            if must_save or must_evaluate:
+                progress.restart_clock()
+            if stopped_by and done < settings.steps:
+                say(f"stopped by {stopped_by[0]} after step {done}. {_kept(checkpoints)} The same command goes on.")
+                break
+        checkpoints.wait()
+    return summary(workdir)
+
+
+def summary(workdir: str | Path) -> dict:
+    """The last row of the training steps and the last of the held-out evaluations, from metrics.jsonl, as one dict."""
+    result: dict = {}
+    for row in read_rows(workdir):
+        result |= row
+    return result
+
+
+def open_data(config: ExperimentConfig, workdir: Path) -> Data:
+    """The data of `config`, prepared in `workdir`/data the first time."""
+    folder, length = workdir / "data", config.train.sequence_length
+    manifest = prepare(config.data, folder, config.model.vocab_size)
+    sizes_V = Tokenizer.load(folder / "tokenizer.json").token_bytes()
+    facts = {}
+    for name, source in manifest["sources"].items():
+        facts |= {f"data/{name}/removed/{rule}": count for rule, count in source["removed"].items()}
+        facts |= {f"data/{name}/malformed": source["malformed_count"], f"data/{name}/read": source["read"]}
+    return Data(
+        rows=TrainIterator(folder, config.data, length, sizes_V),
+        held_out=lambda batch_size: held_out_batches(folder, length, batch_size, sizes_V),
+        unigram_bits_per_byte=manifest["unigram_held_out_bits_per_byte"],
+        facts=facts,
+    )
+
+
+def keep_config(config: ExperimentConfig, workdir: Path) -> None:
+    """Write config.json, or check that the one there is of the same run: only CHANGEABLE fields may differ."""
+    path = workdir / "config.json"
+    if path.exists():
+        kept = config_io.from_json(ExperimentConfig, path.read_text())
+        changed = [(name, old, new) for name, old, new in config_io.diff(kept, config) if not _changeable(name)]
+        if changed:
+            fields = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed)
+            raise ConfigError(
+                f"{workdir} holds a run with other settings: {fields}. Set them back, or use a new folder."
+            )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".json.partial")
+        partial.write_text(config_io.to_json(config))
+        partial.replace(path)
+
+
+def _changeable(name: str) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in CHANGEABLE)
+
+
+def split(batch: Batch, microbatch_size: int | None) -> Batch:
+    """[B, T] -> [microbatches, b, T]"""
+    return jax.tree.map(lambda x: x.reshape(-1, microbatch_size or x.shape[0], *x.shape[1:]), batch)
+
+
+def evaluate(model, batches: Iterable[Batch]) -> dict[str, float]:
+    """Loss (nats a token) and bits per byte over all of `batches`: sums first, in float64, one division at the end."""
+    nll = weight = size = 0.0
+    for batch in batches:
+        parts = jax.device_get(evaluate_batch(model, batch))
+        nll, weight, size = nll + float(parts.nll_sum), weight + float(parts.weight), size + float(parts.bytes)
+    if not weight:
+        raise ConfigError("the held-out set is empty: raise data.held_out_share, or set train.evaluation=None")
+    return {"held_out/loss": nll / weight, "held_out/bits_per_byte": nll / math.log(2) / size, "held_out/bytes": size}
+
+
+def balance_text(config: ExperimentConfig) -> str:
+    """Which balance losses are on: one that is off is off by choice, and said to be."""
+    if config.model.moe is None:
+        return "no experts, no balance losses"
+    values = {name: getattr(config.model.moe.balance, name) for name in BALANCE}
+    return "balance losses: " + ", ".join(f"{name} {'off' if v is None else v}" for name, v in values.items())
+
+
+def _kept(checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    steps = checkpoints.steps()
+    return f"The last checkpoint is {checkpoints.folder / str(steps[-1])}." if steps else "There is no checkpoint yet."
+
+
+def _beside(data: Data) -> str:
+    return "" if data.unigram_bits_per_byte is None else f" (unigram model: {data.unigram_bits_per_byte:.4f})"
+
+
+@contextlib.contextmanager
+def _stop_signals():
+    """A list that receives the name of the first SIGTERM or SIGINT; a second one acts as usual."""
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handle(number, _):
+        received.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,114 @@
+"""One training step, `(state, batch) -> (state, metrics)`, and the sums of one held-out batch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsv2_jax import types
+from dsv2_jax.config import ExperimentConfig
+from dsv2_jax.train.loss import LossParts, lm_loss
+from dsv2_jax.train.optimizer import adamw, learning_rate
+from dsv2_jax.train.state import State
+from dsv2_jax.types import Batch, MoEStats
+
+
+@types.pytree
+class StepMetrics:
+    """What one step did; read one step late, so that nothing waits for it."""
+
+    loss: jax.Array  # the objective: nll + balance; nats
+    nll: jax.Array  # mean over loss tokens; nats
+    balance_3: jax.Array  # expert, device, communication: mean over sequences, sum over layers, with coefficients
+    bits_per_byte: jax.Array
+    tokens: jax.Array  # loss tokens (their weight)
+    learning_rate: jax.Array
+    gradient_norm: jax.Array  # before clipping
+    step: jax.Array  # steps done, this one included; the next two likewise
+    bad_steps: jax.Array
+    skipped: jax.Array
+    moe: MoEStats | None  # sums over the batch, leading layer axis
+
+
+def make_train_step(config: ExperimentConfig):
+    """The jitted step of `config`; it donates the state. Leaves of `batch` are [microbatches, b, T].
+
+    The objective of the whole batch is nll / (sum of weights) + balance / (sequences). Both denominators are known
+    before any microbatch is computed, so each contributes its share of that objective and the gradients add up
+    exactly, however unevenly the loss tokens lie. A step whose loss or gradient norm is not finite leaves parameters
+    and moments as they were and is counted.
+    """
+    optimizer = adamw(config.train.optimizer)
+    schedule = learning_rate(config.train)
+    dropping = config.model.moe.dropping if config.model.moe else None
+
+    def train_step(state: State, batch: Batch) -> tuple[State, StepMetrics]:
+        microbatches, rows = batch.tokens_BT.shape[:2]
+        weight = jnp.maximum(jnp.sum(batch.weights_BT), 1e-9)
+        sequences = jnp.maximum(jnp.sum(jnp.any(batch.segments_BT > 0, axis=-1)), 1)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        share = dropping.protected_share if dropping else 0.0
+        protected_MB = jax.random.bernoulli(key, share, (microbatches, rows)) if dropping else None
+
+        def objective(model, micro: Batch, protected_B):
+            parts = lm_loss(model, micro, training=True, protected_B=protected_B)
+            balance = 0.0 if parts.moe is None else jnp.sum(parts.moe.balance_3)
+            return parts.nll_sum / weight + balance / sequences, parts
+
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        (loss, parts), gradients = _accumulate(functools.partial(gradient, state.model), (batch, protected_MB))
+
+        gradient_norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        rate = schedule(state.sequences, microbatches * rows)
+        updates, moments = optimizer.update(gradients, state.moments, state.model)
+        model = jax.tree.map(lambda p, u: p - rate * u, state.model, updates)
+        model, moments = jax.tree.map(
+            functools.partial(jnp.where, finite), (model, moments), (state.model, state.moments)
+        )
+        bad = 1 - finite.astype(jnp.int32)
+        new = State(
+            model=model,
+            moments=moments,
+            step=state.step + 1,
+            sequences=state.sequences + microbatches * rows,
+            bad_steps=(state.bad_steps + 1) * bad,
+            skipped=state.skipped + bad,
+            key=state.key,
+        )
+        metrics = StepMetrics(
+            loss=loss,
+            nll=parts.nll_sum / weight,
+            balance_3=jnp.zeros(3) if parts.moe is None else jnp.sum(parts.moe.balance_3, axis=0) / sequences,
+            bits_per_byte=parts.nll_sum / jnp.log(2.0) / jnp.maximum(parts.bytes, 1),
+            tokens=weight,
+            learning_rate=rate,
+            gradient_norm=gradient_norm,
+            step=new.step,
+            bad_steps=new.bad_steps,
+            skipped=new.skipped,
+            moe=parts.moe,
+        )
+        return new, metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _accumulate(function, inputs):
+    """The sum of `function(*slice)`, a pytree, over the leading axis of `inputs`; no buffer for a single slice."""
+    if jax.tree.leaves(inputs)[0].shape[0] == 1:
+        return function(*jax.tree.map(lambda x: x[0], inputs))
+
+    def add(total, slice_):
+        return jax.tree.map(jnp.add, total, function(*slice_)), None
+
+    shapes = jax.eval_shape(lambda x: function(*jax.tree.map(lambda leaf: leaf[0], x)), inputs)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, inputs)[0]
+
+
+@jax.jit
+def evaluate_batch(model, batch: Batch) -> LossParts:
+    """The sums of one held-out batch [b, T]: nothing is dropped outside training."""
+    return lm_loss(model, batch, training=False)

@@ -1,0 +1,116 @@
+"""What the command lines of all scripts share: help, errors, configs and the compilation cache."""
+
+import argparse
+import difflib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+
+from dsv2_jax import config_io
+from dsv2_jax.config import ConfigError, ExperimentConfig, ModelConfig
+
+OVERRIDES = """\
+--config is a Python file whose get_config() returns an ml_collections.ConfigDict, or the config.json of an earlier run.
+Any field of dsv2_jax/config.py may follow as --config.section.field=value:
+  --config.train.steps=2000                         a number or text
+  --config.data.sources.0.paths='a.txt,b/*.jsonl'   a tuple; sources.0 is the first source
+  --config.train.optimizer.clip_norm=None           None switches a field or a section off
+  --config.model.moe.dropping.capacity_factor=1.5   a field of a section that is off switches it on
+"""
+
+
+def argument_parser(description: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose --help shows `description` (a script's docstring), the flags, and `example`."""
+    layout, epilog = argparse.RawDescriptionHelpFormatter, f"example:\n  {example}"
+    return argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False)
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of `parser`; if it has --config, also `overrides`, the (field, text) pairs of --config.field=text."""
+    arguments, rest = parser.parse_known_args(argv)
+    known = [f"--{name}" for name in vars(arguments)]
+    arguments.overrides = []
+    for argument in rest:
+        flag, equals, text = argument.partition("=")
+        if flag.startswith("--config.") and "--config" in known:
+            if not equals:
+                parser.error(f"{flag} has no value: write {flag}=VALUE")
+            arguments.overrides.append((flag.removeprefix("--config."), text))
+            continue
+        near = difflib.get_close_matches(flag, known, n=1)
+        advice = f"did you mean {near[0]}?" if near else "--help lists the flags there are"
+        parser.error(f"unknown argument {argument!r}; {advice}")
+    return arguments
+
+
+def load_config(path: str, overrides=(), *, model_only: bool = False) -> ExperimentConfig | ModelConfig:
+    """What the file at `path` describes, with (field, text) `overrides`, checked; or its model alone."""
+    mapping = _read_config(pathlib.Path(path))
+    try:
+        for field, text in overrides:
+            mapping = config_io.override(ExperimentConfig, mapping, field, text)
+        if model_only:
+            return config_io.parse(ModelConfig, mapping.get("model"), "model")
+        return config_io.parse(ExperimentConfig, mapping)
+    except ConfigError as error:
+        field = re.match(r"[\w.]+(?=[=:])", str(error))
+        hint = f" (set it with --config.{field[0]}=...)" if field and "is not a field" not in str(error) else ""
+        raise ConfigError(f"{error}{hint}") from None
+
+
+def _read_config(path: pathlib.Path) -> dict:
+    if not path.is_file():
+        here = pathlib.Path(__file__).parent / "configs"
+        near = difflib.get_close_matches(path.stem, [file.stem for file in here.glob("*.py")], n=1)
+        advice = f"did you mean {here / near[0]}.py?" if near else f"configs are in {here}"
+        raise ConfigError(f"--config={path}: there is no such file; {advice}")
+    if path.suffix == ".json":
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"--config={path}: is not JSON ({error})") from None
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if path.suffix != ".py" or spec is None:
+        raise ConfigError(f"--config={path}: must be a .py or .json file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"--config={path}: has no function get_config()")
+    return module.get_config().to_dict()
+
+
+def train(config: ExperimentConfig, workdir: str) -> dict:
+    """`dsv2_jax.train.loop.train`; what ends a run early becomes one line and exit code 1."""
+    from dsv2_jax.checkpoint import CheckpointError  # imports JAX: only once the command line is known to be right
+    from dsv2_jax.data.sources import DataError
+    from dsv2_jax.train import loop
+
+    try:
+        return loop.train(config, workdir)
+    except (CheckpointError, DataError, FileNotFoundError, loop.TrainingFailed) as error:
+        sys.exit(f"{_script()}: error: {error}")
+
+
+def use_compilation_cache() -> None:
+    """Keep what JAX compiles in the user's cache folder; JAX's own variables override it. Call it before JAX starts."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(base, "dsv2_jax", "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call `main` and leave with its exit code; a `ConfigError` becomes one line and exit code 2."""
+    use_compilation_cache()
+    try:
+        sys.exit(main())
+    except ConfigError as error:
+        print(f"{_script()}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _script() -> str:
+    return pathlib.Path(sys.argv[0]).name

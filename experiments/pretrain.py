@@ -1,0 +1,20 @@
+"""Pre-train a DeepSeek-V2 shaped model: data, training, held-out evaluation, checkpoints, metrics.
+
+Everything of the run but its place is in --config. A run folder that already holds a checkpoint is resumed, with the
+same config, exactly where it stopped.
+"""
+
+import common
+
+
+def main() -> None:
+    example = "python experiments/pretrain.py --config=experiments/configs/quickstart.py --workdir=runs/first"
+    parser = common.argument_parser(f"{__doc__}\n{common.OVERRIDES}", f"{example} --config.train.steps=100")
+    parser.add_argument("--config", required=True, metavar="FILE", help="the experiment, a .py or .json file")
+    parser.add_argument("--workdir", required=True, metavar="FOLDER", help="the run folder: made, or resumed")
+    arguments = common.parse_arguments(parser)
+    common.train(common.load_config(arguments.config, arguments.overrides), arguments.workdir)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,99 @@
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from dsv2_jax import config_io
+from dsv2_jax.checkpoint import Checkpoints
+from dsv2_jax.config import DataConfig, ExperimentConfig, OptimizerConfig, SourceConfig, TrainConfig
+from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.model.transformer import Transformer
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "generate.py"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """As a training run leaves it, with a model of random weights."""
+    folder = tmp_path_factory.mktemp("run")
+    model = small.change(small.MODEL, layers=2, vocab_size=300)
+    sources = (SourceConfig(name="none", paths=("none",)),)
+    train = TrainConfig(steps=1, sequence_length=8, batch_size=1, optimizer=OptimizerConfig(peak_lr=1e-3))
+    config = ExperimentConfig(model=model, train=train, data=DataConfig(sources=sources))
+    rng = np.random.default_rng(0)
+    abstract = jax.eval_shape(lambda key: Transformer(model, key), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), abstract)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    state = {"step": jnp.zeros((), jnp.int32)}
+    checkpoints.save(7, params=params, training=state, iterator={}, config=config_io.to_dict(config))
+    checkpoints.wait()
+    checkpoints.close()
+    (folder / "data").mkdir()
+    Tokenizer.train(["import os\nimport sys\n"] * 3, 290).save(folder / "data" / "tokenizer.json")
+    return folder
+
+
+def generate(monkeypatch, capsys, *flags: str) -> str:
+    """What the script prints, run in this process."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--max_new_tokens=12", *flags])
+    assert importlib.import_module("generate").run() == 0
+    return capsys.readouterr().out
+
+
+def test_it_streams_repeats_itself_and_stops(run_folder, monkeypatch, capsys):
+    def run(*flags, checkpoint=run_folder):
+        return generate(monkeypatch, capsys, f"--checkpoint={checkpoint}", "--prompt=import ", *flags)
+
+    greedy = run("--temperature=0", "--json")
+    line = json.loads(greedy)
+    assert (line["prompt"], line["ended"]) == ("import ", "length")
+    assert run("--temperature=0", checkpoint=run_folder / "checkpoints" / "7") == line["text"] + "\n"
+    stop = line["text"][3:5]
+    assert run("--temperature=0", f"--stop={stop}") == line["text"][: line["text"].index(stop)] + "\n"
+    one, again, _ = run("--prompt=import ", "--top_k=40", "--seed=1", "--json").split("\n")
+    assert one == again != run("--top_k=40", "--seed=2", "--json").strip()
+
+
+def test_prompts_repeat_and_come_from_standard_input(run_folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from the pipe\n"))
+    flags = ["--prompt=a", "--prompt=-", "--temperature=0"]
+    printed = generate(monkeypatch, capsys, f"--checkpoint={run_folder}", *flags)
+    assert "--- 1 of 2: 'a'\n" in printed
+    assert "--- 2 of 2: 'from the pipe\\n'\n" in printed
+
+
+def script(*flags: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    command = [sys.executable, str(SCRIPT), *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_help_names_every_flag():
+    shown = script("--help")
+    assert shown.returncode == 0
+    for flag in ("checkpoint", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "dtype"):
+        assert f"--{flag}" in shown.stdout
+
+
+def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, run_folder):
+    flags = ["--prompt=a", f"--checkpoint={tmp_path}"]
+    missing = script("--prompt=a", "--checkpoint=no/such/run")
+    for failed, named in (
+        (missing, ["no/such/run", "experiments/quickstart.py"]),
+        (script(*flags), [str(tmp_path), "no checkpoint", "experiments/quickstart.py"]),
+        (script(*flags, "--temperature=-1"), ["temperature=-1.0"]),
+        (script(*flags, "--top_q=0.5"), ["--top_q", "--top_p"]),
+        (script("--prompt=a", f"--checkpoint={run_folder}", "--max_new_tokens=500"), ["max_length=128", "500 new"]),
+    ):
+        assert failed.returncode == 2
+        assert "Traceback" not in failed.stderr
+        assert all(name in failed.stderr for name in named), failed.stderr

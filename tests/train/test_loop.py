@@ -1,0 +1,190 @@
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+import small
+import small_training
+from small_training import DENSE, MOE, SyntheticRows, batch, experiment, synthetic
+
+from dsv2_jax.checkpoint import Checkpoints, load_config, restore_params
+from dsv2_jax.config import CheckpointConfig, ConfigError, ExperimentConfig, ProfileConfig
+from dsv2_jax.config_io import from_json, parse
+from dsv2_jax.train.loop import Data, TrainingFailed, balance_text, evaluate, train
+from dsv2_jax.train.loss import lm_loss
+from dsv2_jax.train.metrics import read_rows
+from dsv2_jax.train.state import abstract_state
+
+
+def run(config, folder, data=None):
+    return train(config, folder, data=data or synthetic(), matmul_rate=1e9)
+
+
+def losses(folder):
+    return {row["step"]: row["loss"] for row in read_rows(folder) if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, summary) of an uninterrupted run of 12 steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run(experiment(), folder)
+
+
+def test_what_a_run_leaves_behind(finished):
+    folder, summary = finished
+    config = experiment()
+    assert from_json(ExperimentConfig, (folder / "config.json").read_text()) == config
+    assert parse(ExperimentConfig, load_config(folder)) == config
+    assert list(losses(folder)) == list(range(1, 13))
+    held_out = [row["step"] for row in read_rows(folder) if "held_out/bits_per_byte" in row]
+    assert held_out == [6, 12]
+    assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir()) == [6, 9, 12]
+    assert list((folder / "tensorboard").iterdir())
+    assert summary["step"] == 12
+    assert summary["loss"] == losses(folder)[12]
+    last = next(row for row in reversed(read_rows(folder)) if "loss" in row)
+    assert last["mfu"] > 0
+    assert last["tokens_per_second"] > 0
+
+
+def test_held_out_bits_per_byte_is_exact(finished):
+    folder, summary = finished
+    model = restore_params(folder, abstract_state(experiment()).model)
+    parts = [lm_loss(model, batch(4, 1_000_000 + i)) for i in range(3)]
+    expected = sum(float(p.nll_sum) for p in parts) / math.log(2) / sum(float(p.bytes) for p in parts)
+    assert summary["held_out/bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_complete_run_says_so_and_changes_nothing(finished, capsys):
+    folder, summary = finished
+    before = (folder / "metrics.jsonl").read_text()
+    assert run(experiment(), folder) == summary
+    assert "this run is complete (12 steps)" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_longer_run_goes_on_from_the_end(finished, tmp_path):
+    folder = tmp_path / "run"
+    run(experiment(steps=6, optimizer__decay_at=()), folder)
+    run(experiment(steps=12, optimizer__decay_at=()), folder)
+    assert list(losses(folder)) == list(range(1, 13))
+    whole = tmp_path / "whole"
+    run(experiment(steps=12, optimizer__decay_at=()), whole)
+    assert losses(folder) == losses(whole)
+
+
+def test_a_changed_setting_is_refused_by_name(finished):
+    folder, _ = finished
+    changed = experiment(dataclasses.replace(DENSE, dense_width=24), optimizer__peak_lr=1.0)
+    with pytest.raises(ConfigError) as error:
+        run(changed, folder)
+    for part in ("model.dense_width was 22, now 24", "train.optimizer.peak_lr was 0.003, now 1.0"):
+        assert part in str(error.value)
+    allowed = experiment(log_every=5, max_bad_steps=3, evaluation=None, checkpoint=CheckpointConfig(every=1))
+    run(allowed, folder)
+    run(experiment(), folder)
+
+
+class Stopping(SyntheticRows):
+    """Sends this process a signal while the batch of a step is read."""
+
+    def __init__(self, step: int, number: int):
+        super().__init__()
+        self.at, self.number = step, number
+
+    def next(self, rows: int):
+        made = super().next(rows)
+        if self.step == self.at:
+            os.kill(os.getpid(), self.number)
+        return made
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_a_message(finished, tmp_path, capsys, number):
+    before = signal.getsignal(number)
+    stopping = dataclasses.replace(synthetic(), rows=Stopping(4, number))
+    summary = run(experiment(), tmp_path, stopping)
+    assert signal.getsignal(number) is before
+    assert summary["step"] == 4
+    said = capsys.readouterr().out
+    assert f"stopped by {number.name} after step 4. The last checkpoint is {tmp_path / 'checkpoints' / '4'}" in said
+    run(experiment(), tmp_path)
+    assert "resuming after step 4 of 12" in capsys.readouterr().out
+    assert losses(tmp_path) == losses(finished[0])
+
+
+def test_training_in_a_thread_needs_no_signals(tmp_path):
+    thread = threading.Thread(target=run, args=(experiment(steps=1), tmp_path))
+    thread.start()
+    thread.join()
+    assert list(losses(tmp_path)) == [1]
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(finished, tmp_path, capsys):
+    run(experiment(steps=8), tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [3, 6, 8]
+    for path in (tmp_path / "checkpoints" / "8" / "params").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    run(experiment(steps=8), tmp_path)
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'checkpoints' / '8'} is damaged (" in said
+    assert "using step 6" in said
+    assert list(losses(tmp_path)) == list(range(1, 9))
+
+
+def test_bad_steps_are_skipped_and_logged(tmp_path, capsys):
+    summary = run(experiment(steps=8, max_bad_steps=3, log_every=4), tmp_path, synthetic(poisoned=(3, 5, 6)))
+    rows = {row["step"]: row for row in read_rows(tmp_path) if "loss" in row}
+    assert list(rows) == [3, 4, 5, 6, 8]  # bad ones are logged between log_every
+    assert [step for step, row in rows.items() if row["loss"] is None] == [3, 5, 6]
+    assert summary["skipped_steps"] == 3
+    assert "step 5 skipped: loss nan" in capsys.readouterr().out
+
+
+def test_a_streak_of_bad_steps_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = experiment(max_bad_steps=4, checkpoint=CheckpointConfig(every=1, keep_last=1))
+    with pytest.raises(TrainingFailed, match="4 steps in a row, up to step 9, had a loss or gradient"):
+        run(config, tmp_path, synthetic(poisoned=range(6, 13)))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.steps() == [5]
+    abstract = abstract_state(config)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restore_params(tmp_path, abstract.model)))
+
+
+def test_balance_losses_that_are_off_are_named_and_experts_are_reported(tmp_path, capsys):
+    model = small.change(MOE, moe__balance__device=None)
+    summary = run(experiment(model, steps=2), tmp_path)
+    text = "balance losses: expert 0.003, device off, communication 0.02"
+    assert balance_text(experiment(model)) == text
+    assert text in capsys.readouterr().out
+    assert read_rows(tmp_path)[0] == {"step": 0, "balance_losses": text}
+    assert np.asarray(summary["expert_load"]).shape == (2, 8)
+    assert "balance/device" not in summary
+    assert summary["balance/expert"] > 0
+    json.dumps(summary, allow_nan=False)
+
+
+def test_profile_leaves_a_trace(tmp_path):
+    run(experiment(steps=4, profile=ProfileConfig(start=2, steps=1)), tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_an_empty_held_out_set_is_an_error(finished):
+    with pytest.raises(ConfigError, match="held-out set is empty"):
+        evaluate(None, [])
+
+
+def test_the_real_pipeline_end_to_end(tmp_path):
+    small_training.write_text(tmp_path)
+    config = small_training.text_experiment(tmp_path, steps=3)
+    summary = train(config, tmp_path / "run", matmul_rate=1e9)
+    assert summary["data/text/malformed"] == 0
+    assert 0 < summary["unigram_bits_per_byte"] < summary["held_out/bits_per_byte"] < 20
+    assert Data(SyntheticRows(), lambda size: iter([])).unigram_bits_per_byte is None

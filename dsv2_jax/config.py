@@ -270,7 +270,9 @@ class EvaluationConfig:
 
     def __post_init__(self):
         _positive(self, "every")
-        check(self.batches is None or self.batches > 0, "EvaluationConfig.batches", self.batches, "be positive, or None")
+        check(
+            self.batches is None or self.batches > 0, "EvaluationConfig.batches", self.batches, "be positive, or None"
+        )
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def tile_size(pairs: int, experts: int, smallest: int = 16, largest: int = 128) 
 
     Up to `smallest` rows a tile costs no more than the weights it reads, so that few pairs take twice their average.
     """
+
     def power(rows: float) -> int:
         return 1 << max(0, math.ceil(math.log2(rows)))
 

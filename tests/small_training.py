@@ -1,6 +1,6 @@
 """A run small enough to be trained, killed and resumed in tests; as a program, it trains the folder it is given.
 
-    python small_training.py <folder with text/> <steps>
+python small_training.py <folder with text/> <steps>
 """
 
 import dataclasses

@@ -28,7 +28,9 @@ class MLA(nnx.Module):
             self.w_dq = parameter(dq_key, (model.dim, config.q_latent), ("embed", "q_latent"), std)
             self.q_norm = RMSNorm(config.q_latent, model.norm_eps)
         q_axis = "q_latent" if config.q_latent else "embed"
-        self.w_q = parameter(q_key, (config.q_latent or model.dim, N, config.qk_dim), (q_axis, "heads", "head_dim"), std)
+        self.w_q = parameter(
+            q_key, (config.q_latent or model.dim, N, config.qk_dim), (q_axis, "heads", "head_dim"), std
+        )
         self.w_dkv = parameter(dkv_key, (model.dim, R + config.rope_dim), ("embed", "kv_latent"), std)
         self.kv_norm = RMSNorm(R, model.norm_eps)
         ukv_shape = (R, N, config.nope_dim + config.value_dim)

@@ -32,7 +32,8 @@ class MoE(nnx.Module):
         self, y_BTD: jax.Array, real_BT: jax.Array, *, training: bool = False, protected_B: jax.Array | None = None
     ) -> tuple[jax.Array, MoEStats]:
         with jax.named_scope("router"):
-            logits_BTE = jnp.einsum("btd,de->bte", y_BTD.astype(jnp.float32), self.centroids[...])
+            y32_BTD, exact = y_BTD.astype(jnp.float32), jax.lax.Precision.HIGHEST
+            logits_BTE = jnp.einsum("btd,de->bte", y32_BTD, self.centroids[...], precision=exact)
             routing = router.route(logits_BTE, real_BT, self.config, training=training, protected_B=protected_B)
         with jax.named_scope("routed"):
             out_BTD = self.routed(y_BTD, routing)

@@ -27,6 +27,8 @@ def latent_attention(
     """
     B, C = q_BTNC.shape[0], q_BTNC.shape[-1]
     if cache_BSC.shape[0] != B or cache_BSC.shape[2] != C or offset_B.shape != (B,) or not 0 < value_dim <= C:
-        raise ValueError(f"q {q_BTNC.shape}, cache {cache_BSC.shape}, offset {offset_B.shape}, R={value_dim} do not fit")
+        raise ValueError(
+            f"q {q_BTNC.shape}, cache {cache_BSC.shape}, offset {offset_B.shape}, R={value_dim} do not fit"
+        )
     attention = select("latent_attention", implementation, IMPLEMENTATIONS)
     return attention(q_BTNC, cache_BSC, offset_B, value_dim, scale)

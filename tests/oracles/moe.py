@@ -1,6 +1,7 @@
 """The DeepSeekMoE layer and its grouped matmul in NumPy float64 (paper.md, section 2).
 
-`w`: router [D,E], gate, up [E,D,F], down [E,F,D], and, with shared experts, shared_gate, shared_up [D,S], shared_down [S,D].
+`w`: router [D,E], gate, up [E,D,F], down [E,F,D]; with shared experts also shared_gate, shared_up [D,S] and
+shared_down [S,D].
 """
 
 import numpy as np

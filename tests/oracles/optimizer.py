@@ -1,4 +1,4 @@
-"""One AdamW step in NumPy float64 (paper.md, section 4): decay on matrices only, gradient clipped by its global norm."""
+"""One AdamW step in NumPy float64 (paper.md, section 4): decay on matrices only, gradients clipped by global norm."""
 
 import numpy as np
 

@@ -1,0 +1,113 @@
+"""Time the full training step, or greedy decoding, of a preset on this machine; prints one JSON line.
+
+Compilation is excluded. "train" is the trainer's own step: forward, backward, clipping, AdamW on float32 masters, on
+random tokens. "decode" is prefill and one compiled loop through the cache, with no host round trip per token.
+"""
+
+import json
+import statistics
+import time
+
+import common
+
+
+def main() -> None:
+    parser = common.argument_parser(
+        __doc__, "python experiments/benchmark.py train --preset=peer_tiny --batch=8 --seq=256"
+    )
+    parser.add_argument("what", choices=["train", "decode"])
+    parser.add_argument("--preset", default="peer_tiny", metavar="NAME", help="a model of dsv2_jax/presets.py")
+    parser.add_argument("--batch", type=int, default=8, metavar="B", help="sequences (default: %(default)s)")
+    parser.add_argument(
+        "--seq", type=int, default=256, metavar="T", help="train: tokens a sequence (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prompt", type=int, default=64, metavar="T", help="decode: prompt tokens (default: %(default)s)"
+    )
+    parser.add_argument("--new", type=int, default=128, metavar="T", help="decode: new tokens (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="timed runs (default: %(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute dtype (default: the preset's)")
+    parser.add_argument("--remat", choices=["none", "dots", "full"], help="train: (default: the preset's)")
+    arguments = common.parse_arguments(parser)
+    for name in ("batch", "seq", "prompt", "new", "repeats"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be positive")
+
+    import dataclasses
+
+    from dsv2_jax import presets
+    from dsv2_jax.train.metrics import measure_matmul_rate
+
+    model = presets.get(arguments.preset)
+    chosen = {name: getattr(arguments, name) for name in ("dtype", "remat") if getattr(arguments, name)}
+    model = dataclasses.replace(model, compute=dataclasses.replace(model.compute, **chosen))
+    result = (train if arguments.what == "train" else decode)(model, arguments)
+    rate = measure_matmul_rate(model.compute.dtype)
+    flops_per_second = result["flops_per_token"] * result["tokens_per_second"]
+    result |= {"matmul_flops_per_second": rate, "share_of_matmul_rate": flops_per_second / rate}
+    asked = {"what": arguments.what, "preset": arguments.preset, "batch": arguments.batch}
+    asked |= {"seq": arguments.seq} if arguments.what == "train" else {"prompt": arguments.prompt, "new": arguments.new}
+    print(json.dumps(asked | {"dtype": model.compute.dtype} | result))
+
+
+def timed(run, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls, after two that do not count (the first compiles)."""
+    seconds = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return seconds[2:]
+
+
+def train(model, arguments) -> dict:
+    import jax
+    import numpy as np
+
+    from dsv2_jax.config import DataConfig, ExperimentConfig, OptimizerConfig, SourceConfig, TrainConfig
+    from dsv2_jax.model.counting import training_flops_per_token
+    from dsv2_jax.train.loop import split
+    from dsv2_jax.train.state import new_state
+    from dsv2_jax.train.step import make_train_step
+    from dsv2_jax.types import Batch
+
+    shape, optimizer = (arguments.batch, arguments.seq), OptimizerConfig(peak_lr=1e-3)
+    settings = TrainConfig(steps=1000, sequence_length=arguments.seq, batch_size=arguments.batch, optimizer=optimizer)
+    unused = DataConfig(sources=(SourceConfig(name="none", paths=("none",)),))
+    config = ExperimentConfig(model=model, train=settings, data=unused)
+    tokens_BT = np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32)
+    ones_BT = np.ones(shape, np.int32)
+    positions_BT = np.broadcast_to(np.arange(arguments.seq, dtype=np.int32), shape)
+    batch = Batch(tokens_BT, np.roll(tokens_BT, -1, 1), ones_BT.astype(np.float32), ones_BT, positions_BT, ones_BT)
+    step, batch, held = make_train_step(config), split(batch, None), [new_state(config)]
+
+    def run() -> None:
+        held[0], metrics = step(held[0], batch)
+        jax.block_until_ready(metrics.loss)
+
+    median = statistics.median(timed(run, arguments.repeats))
+    tokens, flops = arguments.batch * arguments.seq, training_flops_per_token(model, arguments.seq)
+    return {"tokens_per_second": tokens / median, "median_step_seconds": median, "flops_per_token": flops}
+
+
+def decode(model, arguments) -> dict:
+    import jax
+    import numpy as np
+
+    from dsv2_jax.inference.generate import generate_tokens
+    from dsv2_jax.model.counting import decode_flops_per_token
+    from dsv2_jax.model.transformer import Transformer
+
+    prompt_BT = np.random.default_rng(0).integers(0, model.vocab_size, (arguments.batch, arguments.prompt), np.int32)
+    weights = jax.jit(lambda key: Transformer(model, key).unstacked())(jax.random.key(0))
+    median = statistics.median(
+        timed(lambda: jax.block_until_ready(generate_tokens(weights, prompt_BT, arguments.new)), arguments.repeats)
+    )
+    flops = decode_flops_per_token(model, arguments.prompt + arguments.new // 2)
+    tokens = arguments.batch * arguments.new
+    per_step = median / arguments.new
+    return {"tokens_per_second": tokens / median, "median_step_seconds": per_step, "flops_per_token": flops}
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -319,7 +319,8 @@ FORMATS = ("text", "jsonl", "parquet", "arrayrecord")
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Files of one kind. Text: a document a file; JSONL: a document a line; Parquet: a row; ArrayRecord: a UTF-8 record."""
+    """Files of one kind. A document is a line of JSONL, a row of Parquet, an ArrayRecord record, or a text file,
+    long ones cut at line ends into pieces of about 32 KiB."""
 
     name: str
     paths: tuple[str, ...]  # files or globs ("**" too); the one word "stdlib" is the source of Python's own library

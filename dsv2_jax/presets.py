@@ -1,13 +1,21 @@
 """Named models: DeepSeek-V2, V2-Lite and the dense 67B of the report, and two small ones for a laptop.
 
-`v2` and `v2_lite` are as pre-trained: 4K context, plain RoPE. `v2_released` and `v2_lite_released` are as published: the
-same weights' shapes with YaRN, 160K context (report, section 3.1.4; released configurations: mscale = 0.707).
+`v2` and `v2_lite` are as pre-trained: 4K context, plain RoPE. `v2_released` and `v2_lite_released` are as published: of
+the same shapes, with YaRN, 160K context (report, section 3.1.4; released configurations: mscale = 0.707).
 """
 
 import dataclasses
 
-from dsv2_jax.config import BalanceConfig, ComputeConfig, ConfigError, GQAConfig, MLAConfig, ModelConfig, MoEConfig
-from dsv2_jax.config import YarnConfig
+from dsv2_jax.config import (
+    BalanceConfig,
+    ComputeConfig,
+    ConfigError,
+    GQAConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    YarnConfig,
+)
 
 # What is fastest on a CPU (experiments/benchmark.py): float32, nothing recomputed.
 CPU = ComputeConfig(dtype="float32", remat="none")

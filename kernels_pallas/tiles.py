@@ -1,7 +1,7 @@
 """The tile layout: where each (token, chosen expert) pair lies among rows sorted by expert and padded to tiles.
 
-Every tile of rows belongs to one expert, so an expert's matmul over its tiles loses no token and wastes at most one tile;
-the number of tiles is bounded statically by ceil(pairs / tile) + experts, and only the first `live_tiles` hold rows.
+Every tile of rows belongs to one expert, so an expert's matmul over its tiles loses no token and wastes at most one
+tile; the number of tiles is bounded by ceil(pairs / tile) + experts, and only the first `live_tiles` hold rows.
 """
 
 import dataclasses

@@ -26,7 +26,7 @@ def entry_width(attention: MLAConfig | GQAConfig) -> int:
 
 
 def make_cache(config: ModelConfig, batch: int, length: int, stacked: bool) -> Cache:
-    """An empty cache of `length` tokens a row. A list of layers is updated in place by compiled loops; a stack is copied."""
+    """An empty cache of `length` tokens a row. Compiled loops update a list of layers in place, and copy a stack."""
     shape, dtype = (batch, length, entry_width(config.attention)), jnp.dtype(config.compute.dtype)
     one_each = [jnp.zeros(shape, dtype) for _ in range(0 if stacked else config.moe_layers)]
     return Cache(

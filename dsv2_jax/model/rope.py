@@ -40,7 +40,7 @@ def frequencies(dim: int, theta: float, yarn: YarnConfig | None) -> np.ndarray:
 
 
 def rotations(positions_BT: jax.Array, dim: int, theta: float, yarn: YarnConfig | None) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of each pair's angle, float32 [B, T, dim/2], with YaRN's factor mscale / mscale_all_dim (1 as released)."""
+    """cos and sin of each pair's angle, float32 [B, T, dim/2], times YaRN's mscale / mscale_all_dim (1 as released)."""
     angle = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(frequencies(dim, theta, yarn), jnp.float32)
     factor = mscale(yarn.factor, yarn.mscale) / mscale(yarn.factor, yarn.mscale_all_dim) if yarn else 1.0
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor

@@ -1,4 +1,4 @@
-"""Routing as a pure function: affinities to chosen experts, gates, balance losses, dropped tokens (report, section 2.2).
+"""Routing as a pure function: affinities to experts, gates, balance losses, dropped tokens (report, section 2.2).
 
 All in float32: the choice must not depend on the compute dtype.
 """
@@ -41,13 +41,13 @@ def gates(chosen_BTK: jax.Array, config: MoEConfig) -> jax.Array:
 
 
 def groups_reached(expert_BTK: jax.Array, real_BT: jax.Array, config: MoEConfig) -> jax.Array:
-    """Boolean [B, T, D]: the device groups that a token's hidden state must reach."""
+    """Boolean [B, T, D]: the device groups a token's hidden state must reach."""
     group_BTKD = expert_BTK[..., None] // config.experts_per_group == jnp.arange(config.groups)
     return jnp.any(group_BTKD, axis=2) & real_BT[..., None]
 
 
 def balance_losses(scores_BTE: jax.Array, expert_BTK: jax.Array, real_BT: jax.Array, config: MoEConfig) -> jax.Array:
-    """Expert, device and communication losses of every sequence [B, 3], times their coefficients (equations 23 to 31)."""
+    """Expert, device, communication losses [B, 3] of every sequence, times their coefficients (equations 23 to 31)."""
     E, K, D, M = config.routed_experts, config.experts_per_token, config.groups, config.groups_kept
     T_B = jnp.maximum(jnp.sum(real_BT, axis=1), 1)[:, None]
     chosen_BTKE = (expert_BTK[..., None] == jnp.arange(E)) & real_BT[..., None, None]

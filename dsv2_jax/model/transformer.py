@@ -54,7 +54,7 @@ def _remat(function, policy: str):
 
 
 class Transformer(nnx.Module):
-    """DeepSeek-V2. A pytree of float32 parameters: the MoE blocks are one block whose leaves have a leading layer axis."""
+    """DeepSeek-V2, a pytree of float32 parameters. Its MoE blocks are one, whose leaves have a leading layer axis."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         embed_key, unembed_key, dense_key, moe_key = jax.random.split(key, 4)
@@ -136,8 +136,8 @@ class Transformer(nnx.Module):
         """Appends tokens to every sequence and returns their features [B, T, D] and the longer cache.
 
         Args:
-          counts_B: how many of a row's tokens are real (the rest, to the right, is padding: it leaves nothing visible in
-            the cache). None: all.
+          counts_B: how many of a row's tokens are real (the rest, to the right, is padding and leaves nothing visible
+            in the cache). None: all.
         """
         B, T = tokens_BT.shape
         counts_B = jnp.full(B, T, jnp.int32) if counts_B is None else counts_B
@@ -167,7 +167,7 @@ class Transformer(nnx.Module):
         """The same model with its MoE blocks as a list, which decodes without copying a layer's weights or cache.
 
         Args:
-          dtype: compute dtype from here on; the matrices are cast to it once, but for the router's. None: as configured.
+          dtype: compute dtype from here on; matrices are cast to it once, but for the router's. None: as configured.
         """
         dtype = dtype or self.config.compute.dtype
         config = dataclasses.replace(self.config, compute=dataclasses.replace(self.config.compute, dtype=dtype))

@@ -35,7 +35,7 @@ def lm_loss(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(h_BTD, w_DV, targets_BT, weights_BT, chunk: int) -> jax.Array:
-    """sum_t weight_t (logsumexp(z_t) - z_t[target_t]), z = h w in float32, over `chunk` positions of each row at a time.
+    """sum_t weight_t (logsumexp(z_t) - z_t[target_t]), z = h w in float32, `chunk` positions of each row at a time.
 
     Differentiable in h and w. Its gradient is computed together with its value, so that each chunk's logits are formed
     once: the cost is the three matmuls of any output layer, and the memory one chunk of logits.

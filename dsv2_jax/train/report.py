@@ -1,17 +1,17 @@
-"""What a finished run shows: `loss.png`, `expert_load.png` and `report.html`, made from metrics.jsonl and config.json."""
+"""What a run shows: `loss.png`, `expert_load.png` and `report.html`, made from metrics.jsonl and config.json."""
 
 import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
 
 from dsv2_jax.train.metrics import read_rows
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend must be chosen first
+mpl.use("Agg")
+from matplotlib import pyplot as plt
 
 INK, BLUE, ORANGE, GREY = "#1b1f24", "#2f6fde", "#e07a1f", "#9aa4b2"
 
@@ -73,7 +73,7 @@ def plot_expert_load(load_LE: np.ndarray, path: Path) -> None:
     layers, experts = relative_LE.shape
     figure, axes = _axes(max(5, 1.5 + 0.35 * min(experts, 40)), max(2.2, 1.2 + 0.35 * layers))
     most = max(2.0, relative_LE.max())
-    norm = matplotlib.colors.TwoSlopeNorm(vmin=0, vcenter=1, vmax=most)
+    norm = mpl.colors.TwoSlopeNorm(vmin=0, vcenter=1, vmax=most)
     image = axes.imshow(relative_LE, cmap="RdBu_r", norm=norm, aspect="auto")
     axes.set(xlabel="routed expert", ylabel="MoE layer", yticks=range(layers))
     axes.set_title("load of the experts (1 = an equal share)", fontsize=10, color=INK)

@@ -21,7 +21,7 @@ def _validate(x_GD: jax.Array, weights: list[jax.Array], layout: TileLayout) -> 
 
 
 def grouped_matmul(x_GD: jax.Array, w_EDF: jax.Array, layout: TileLayout, *, implementation: str = "auto") -> jax.Array:
-    """y_GF: row g times the weights of the expert its tile belongs to, added in float32. Rows of dead tiles are zero."""
+    """y_GF: each row times the weights of its tile's expert, added in float32. Rows of dead tiles are zero."""
     _validate(x_GD, [w_EDF], layout)
     return select("grouped_matmul", implementation, IMPLEMENTATIONS).grouped_matmul(x_GD, w_EDF, layout)
 

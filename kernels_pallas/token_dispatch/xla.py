@@ -1,4 +1,4 @@
-"""Dispatch and combine by gathers alone, forward and backward: the transpose of one is the other's gather, never a scatter."""
+"""Dispatch and combine by gathers alone, forward and backward: each one's transpose is a gather too, not a scatter."""
 
 import jax
 import jax.numpy as jnp

@@ -303,7 +303,7 @@ class TrainConfig:
 
     def __post_init__(self):
         _positive(self, "steps", "sequence_length", "batch_size", "log_every", "max_bad_steps")
-        micro = self.microbatch_size or self.batch_size
+        micro = self.batch_size if self.microbatch_size is None else self.microbatch_size
         ok = micro > 0 and self.batch_size % micro == 0
         check(ok, "TrainConfig.microbatch_size", self.microbatch_size, f"divide batch_size={self.batch_size}")
         if self.batch_ramp:

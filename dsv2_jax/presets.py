@@ -17,8 +17,8 @@ from dsv2_jax.config import (
     YarnConfig,
 )
 
-# What is fastest on a CPU (experiments/benchmark.py): float32, nothing recomputed.
-CPU = ComputeConfig(dtype="float32", remat="none")
+# What is fastest on a CPU (experiments/benchmark.py): float32, nothing recomputed, few layers unrolled, small chunks.
+CPU = ComputeConfig(dtype="float32", remat="none", unroll=3, loss_chunk=64)
 
 V2 = ModelConfig(
     vocab_size=102400,
@@ -70,20 +70,20 @@ DENSE_67B = ModelConfig(
 
 # The whole architecture in miniature: query compression, device-limited routing, all three balance losses.
 TINY = ModelConfig(
-    vocab_size=4096,
-    layers=4,
-    dim=192,
+    vocab_size=1024,
+    layers=3,
+    dim=128,
     dense_layers=1,
-    dense_width=512,
-    attention=MLAConfig(heads=6, nope_dim=32, rope_dim=16, value_dim=32, kv_latent=64, q_latent=96),
+    dense_width=384,
+    attention=MLAConfig(heads=4, nope_dim=32, rope_dim=16, value_dim=32, kv_latent=64, q_latent=64),
     moe=MoEConfig(
         routed_experts=16,
         shared_experts=1,
         experts_per_token=3,
-        expert_width=96,
+        expert_width=64,
         groups=4,
         groups_kept=2,
-        routed_scaling=1.0,
+        routed_scaling=4.0,
         balance=BalanceConfig(expert=0.003, device=0.05, communication=0.02),
     ),
     max_length=1024,

@@ -14,12 +14,12 @@ def get_config() -> ConfigDict:
         dict(
             model=config_io.to_dict(presets.get("tiny")),
             train=dict(
-                steps=300,
-                sequence_length=256,
-                batch_size=16,
-                optimizer=dict(peak_lr=3e-3, warmup_steps=30),
-                checkpoint=dict(every=100),
-                evaluation=dict(every=100, batches=20),
+                steps=800,
+                sequence_length=128,
+                batch_size=8,
+                optimizer=dict(peak_lr=4e-3, warmup_steps=50),
+                checkpoint=dict(every=200),
+                evaluation=dict(every=200),
             ),
             data=dict(sources=(dict(name="stdlib", paths=("stdlib",)),)),
         )

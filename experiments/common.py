@@ -105,10 +105,10 @@ def use_compilation_cache() -> None:
 
 
 def keep_memory() -> None:
-    """Start this script again with an allocator that keeps its memory (Linux; a GLIBC_TUNABLES of your own is left alone).
+    """Start this script again with an allocator that keeps its memory (Linux; a GLIBC_TUNABLES of your own stays).
 
-    JAX on CPUs asks for a step's working memory anew every step. By default the C library gives it back each time, and the
-    system clears every page again: a sixth of a small model's training step. Huge pages make the rest cheaper.
+    JAX on CPUs asks for a step's working memory anew every step. By default the C library gives it back each time, and
+    the system clears every page again: a sixth of a small model's training step. Huge pages make the rest cheaper.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR

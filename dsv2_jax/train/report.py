@@ -38,6 +38,12 @@ def _series(rows: list[dict], name: str) -> tuple[list, list]:
     return [step for step, _ in points], [value for _, value in points]
 
 
+def _running_mean(values: list[float], window: int) -> list[float]:
+    """Means over up to `window` values around each; fewer at the ends, so that the curve is not shifted."""
+    reach = [min(i, len(values) - 1 - i, window // 2) for i in range(len(values))]
+    return [float(np.mean(values[i - r : i + r + 1])) for i, r in enumerate(reach)]
+
+
 def _axes(width: float, height: float):
     figure, axes = plt.subplots(figsize=(width, height), dpi=150, layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
@@ -48,7 +54,9 @@ def _axes(width: float, height: float):
 def plot_loss(rows: list[dict], path: Path) -> None:
     """Bits per byte over steps: training, held-out, and the unigram model's level."""
     figure, axes = _axes(7, 4)
-    axes.plot(*_series(rows, "bits_per_byte"), color=BLUE, linewidth=1.4, label="training batches")
+    at, training = _series(rows, "bits_per_byte")
+    axes.plot(at, training, color=BLUE, linewidth=0.8, alpha=0.35)
+    axes.plot(at, _running_mean(training, 9), color=BLUE, linewidth=1.6, label="training batches, running mean")
     steps, held_out = _series(rows, "held_out/bits_per_byte")
     if steps:
         axes.plot(steps, held_out, "o-", color=ORANGE, markersize=5, linewidth=1.4, label="held-out text")

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
                 batch_size=8,
                 optimizer=dict(peak_lr=4e-3, warmup_steps=50),
                 checkpoint=dict(every=200),
-                evaluation=dict(every=200),
+                evaluation=dict(every=100),
             ),
             data=dict(sources=(dict(name="stdlib", paths=("stdlib",)),)),
         )

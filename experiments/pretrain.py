@@ -1,4 +1,4 @@
-"""Pre-train a DeepSeek-V2 shaped model: data, training, held-out evaluation, checkpoints, metrics.
+"""Pre-train a DeepSeek-V2 shaped model: data, training, held-out evaluation, checkpoints, metrics, a report with plots.
 
 Everything of the run but its place is in --config. A run folder that already holds a checkpoint is resumed, with the
 same config, exactly where it stopped.
@@ -14,6 +14,10 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, metavar="FOLDER", help="the run folder: made, or resumed")
     arguments = common.parse_arguments(parser)
     common.train(common.load_config(arguments.config, arguments.overrides), arguments.workdir)
+
+    from dsv2_jax.train.report import write_report
+
+    print(f"report: {write_report(arguments.workdir)}")
 
 
 if __name__ == "__main__":

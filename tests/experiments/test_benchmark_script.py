@@ -1,0 +1,34 @@
+"""The benchmark prints one JSON line whose figures agree with each other."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import common
+
+EXPERIMENTS = pathlib.Path(common.__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "tokens"),
+    [(["train", "--batch=2", "--seq=16"], 2 * 16), (["decode", "--batch=2", "--prompt=4", "--new=8"], 2)],
+    ids=["train", "decode"],
+)
+def test_one_json_line(arguments, tokens):
+    command = [sys.executable, str(EXPERIMENTS / "benchmark.py"), *arguments, "--preset=tiny", "--repeats=1"]
+    environment = os.environ | {"PYTHONPATH": str(EXPERIMENTS.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    figures = json.loads(line)
+    assert figures["preset"] == "tiny"
+    assert figures["dtype"] == "float32"
+    assert figures["tokens_per_second"] * figures["median_step_seconds"] == pytest.approx(tokens)
+    reached = figures["flops_per_token"] * figures["tokens_per_second"]
+    assert figures["share_of_matmul_rate"] == pytest.approx(reached / figures["matmul_flops_per_second"])
+    assert 0 < figures["share_of_matmul_rate"] < 1

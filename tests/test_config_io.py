@@ -288,7 +288,7 @@ def overridden(path: str, text: str):
         ("model.moe.dropping", "{}", [("model.moe.dropping", None, {"capacity_factor": 1.0, "protected_share": 0.1})]),
         ("model.moe.normalize_gates", "true", [("model.moe.normalize_gates", False, True)]),
         ("model.compute.remat", "full", [("model.compute.remat", "none", "full")]),
-        ("model.attention.q_latent", "None", [("model.attention.q_latent", 96, None)]),
+        ("model.attention.q_latent", "None", [("model.attention.q_latent", 64, None)]),
         ("data.sources.0.paths", "a,b*.txt", [("data.sources.0.paths", ("x",), ("a", "b*.txt"))]),
         ("data.sources[0].paths", "('a,b',)", [("data.sources.0.paths.0", "x", "a,b")]),
         ("data.sources.0.name", "None", [("data.sources.0.name", "a", "None")]),

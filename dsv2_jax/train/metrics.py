@@ -90,7 +90,8 @@ class MetricsLog:
     """Rows of numbers in `metrics.jsonl` and TensorBoard events of a run's folder.
 
     A run resumed at `step` first drops what a killed one had written beyond it, a torn last line included, so that
-    every step appears once. A number that is not finite is written as null, and left out of TensorBoard.
+    every step appears once; a run from the start drops all. A number that is not finite is written as null, and left
+    out of TensorBoard.
     """
 
     def __init__(self, workdir: str | Path, step: int = 0, enabled: bool = True):
@@ -120,7 +121,8 @@ class MetricsLog:
 def _keep_rows(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if (at := _step_of(line)) is not None and at <= step]
+    lines = path.read_text().splitlines() if step > 0 else []
+    kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
     partial = path.with_suffix(".jsonl.partial")
     partial.write_text("".join(line + "\n" for line in kept))
     partial.replace(path)

@@ -171,7 +171,8 @@ class ComputeConfig:
     remat: str = "full"  # what a block keeps for its backward pass: "none" keeps all, "dots" matmuls, "full" its input
     unroll: int = 1  # MoE layers per step of the scan over them: more compile longer and copy less
     loss_chunk: int = 256  # positions of each sequence whose logits are held at once
-    grouped_matmul: str = "auto"  # an implementation of kernels_pallas, or "auto"
+    expert_ffn: str = "auto"  # an implementation of kernels_pallas, or "auto"; so are the following
+    grouped_matmul: str = "auto"
     token_dispatch: str = "auto"
     flash_attention: str = "auto"
     latent_attention: str = "auto"

@@ -61,6 +61,7 @@ MODEL = {
     "model.compute.remat": "full",
     "model.compute.loss_chunk": "4",
     "model.compute.unroll": "2",
+    "model.compute.expert_ffn": "reference",
     "model.compute.grouped_matmul": "reference",
     "model.compute.token_dispatch": "reference",
     "model.compute.flash_attention": "reference",

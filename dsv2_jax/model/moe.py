@@ -8,9 +8,7 @@ from dsv2_jax.config import ModelConfig
 from dsv2_jax.model import router
 from dsv2_jax.model.layers import SwiGLU, parameter
 from dsv2_jax.types import MoEStats
-from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
-from kernels_pallas.tiles import make_layout, tile_size
-from kernels_pallas.token_dispatch import combine, dispatch
+from kernels_pallas.expert_ffn import expert_ffn
 
 
 class MoE(nnx.Module):
@@ -43,13 +41,15 @@ class MoE(nnx.Module):
         return out_BTD, routing.stats
 
     def routed(self, y_BTD: jax.Array, routing: router.Routing) -> jax.Array:
-        """sum_i g_i FFN_i(y): tokens to rows sorted by expert, each expert on its rows, rows back to tokens."""
+        """sum_i g_i FFN_i(y) over the chosen experts."""
         (B, T, D), K = y_BTD.shape, self.config.experts_per_token
-        E, matmul, moving = self.config.routed_experts, self.compute.grouped_matmul, self.compute.token_dispatch
-        layout = make_layout(routing.expert_BTK.reshape(B * T, K), E, tile_size(B * T * K, E))
-        gate_EDF, up_EDF, down_EFD = (w[...].astype(y_BTD.dtype) for w in (self.gate, self.up, self.down))
-        x_GD = dispatch(y_BTD.reshape(B * T, D), layout, implementation=moving)
-        h_GF = grouped_swiglu(x_GD, gate_EDF, up_EDF, layout, implementation=matmul)
-        o_GD = grouped_matmul(h_GF, down_EFD, layout, implementation=matmul)
-        out_TD = combine(o_GD, routing.gate_BTK.reshape(B * T, K), layout, implementation=moving)
-        return out_TD.reshape(B, T, D)
+        y_TD = expert_ffn(
+            y_BTD.reshape(B * T, D),
+            routing.expert_BTK.reshape(B * T, K),
+            routing.gate_BTK.reshape(B * T, K),
+            *(w[...].astype(y_BTD.dtype) for w in (self.gate, self.up, self.down)),
+            implementation=self.compute.expert_ffn,
+            grouped_matmul=self.compute.grouped_matmul,
+            token_dispatch=self.compute.token_dispatch,
+        )
+        return y_TD.reshape(B, T, D)

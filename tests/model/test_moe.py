@@ -105,8 +105,9 @@ def test_backward_matches_finite_differences(name):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_implementations_agree(implementation):
-    config = change(MODEL, compute__grouped_matmul=implementation, compute__token_dispatch=implementation)
+@pytest.mark.parametrize("ops", [("expert_ffn",), ("grouped_matmul", "token_dispatch")])
+def test_implementations_agree(ops, implementation):
+    config = change(MODEL, **{f"compute__{op}": implementation for op in ops})
     moe, y_BTD = perturbed(MoE(config, jax.random.key(0))), normal(0, 3, 15, 20)
     out_BTD, _ = RUN(moe, y_BTD, REAL)
     assert_close(out_BTD, RUN(module("grouped"), y_BTD, REAL)[0])

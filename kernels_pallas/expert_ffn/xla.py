@@ -1,0 +1,134 @@
+"""The experts as one loop over the live tiles of rows, with a dynamic expert index: the useful FLOPs on any platform.
+
+Gathering a tile's tokens, its three matmuls and adding their result to the tokens all happen in one step of the loop:
+a tile stays in the cache, and XLA on CPUs runs its independent matmuls on several cores. A row's gate scales h, so that
+the backward pass needs no row of the output: the gate's cotangent is h . (W_down dy).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import swiglu
+from kernels_pallas.tiles import TileLayout, make_layout, tile_size
+
+_NT = (((1,), (1,)), ((), ()))  # x_BF w_DF -> x_BD
+_TN = (((0,), (0,)), ((), ()))  # x_BD y_BF -> D x F
+_FEW_TOKENS = 16  # rows up to which a matmul costs no more than reading its weights
+_FEW_TILES = 8  # unrolled in the program
+
+
+def expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD) -> jax.Array:
+    (T, K), E = expert_TK.shape, gate_EDF.shape[0]
+    if T <= _FEW_TOKENS and T * K >= 2 * E:
+        return _all_experts(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD)
+    layout = make_layout(expert_TK, E, tile_size(T * K, E))
+    return _chosen_experts(x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout)
+
+
+def _all_experts(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD) -> jax.Array:
+    """Every expert on every token: for few tokens, of which nearly every expert has one, so all weights are read."""
+    E = gate_EDF.shape[0]
+    gates_ET = jnp.sum(jnp.where(expert_TK == jnp.arange(E)[:, None, None], gates_TK.astype(jnp.float32), 0.0), axis=-1)
+    x_ETD = jnp.broadcast_to(x_TD, (E, *x_TD.shape))
+    a_ETF, b_ETF = (_einsum("etd,edf->etf", x_ETD, w) for w in (gate_EDF, up_EDF))
+    h_ETF = (gates_ET[..., None] * swiglu.swiglu(a_ETF, b_ETF)).astype(x_TD.dtype)
+    return jnp.sum(_einsum("etf,efd->etd", h_ETF, down_EFD), axis=0).astype(x_TD.dtype)
+
+
+def _einsum(equation: str, *operands) -> jax.Array:
+    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+
+
+def _dot(a, b, dimensions=(((1,), (0,)), ((), ()))) -> jax.Array:
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _tokens(x_TD, token_B) -> jax.Array:
+    return x_TD.at[token_B].get(mode="fill", fill_value=0)
+
+
+def _of(w_EDF, expert) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
+
+
+def _add(dw_EDF, expert, dw_DF) -> jax.Array:
+    old = jax.lax.dynamic_index_in_dim(dw_EDF, expert)
+    return jax.lax.dynamic_update_slice_in_dim(dw_EDF, old + dw_DF[None], expert, 0)
+
+
+def _over_tiles(layout: TileLayout, body, outputs):
+    """Folds `body(read, write, expert, outputs)` over the live tiles.
+
+    `read(x)` is the tile's rows of x; `write(y, rows)` puts them into y.
+    """
+    tiles, tile = len(layout.expert_of_tile), layout.tile
+
+    def step(i, outputs):
+        def read(x):
+            return jax.lax.dynamic_slice_in_dim(x, i * tile, tile)
+
+        def write(y, rows):
+            return jax.lax.dynamic_update_slice_in_dim(y, rows.astype(y.dtype), i * tile, 0)
+
+        return body(read, write, layout.expert_of_tile[i], outputs)
+
+    if tiles > _FEW_TILES:
+        return jax.lax.fori_loop(0, layout.live_tiles, step, outputs)
+    for i in range(tiles):  # a dead tile has no tokens: it adds zeros
+        outputs = step(i, outputs)
+    return outputs
+
+
+def _gates_of_rows(gates_TK, layout: TileLayout) -> jax.Array:
+    place = layout.token_of_row_G, layout.choice_of_row_G
+    return gates_TK.at[place].get(mode="fill", fill_value=0).astype(jnp.float32)[:, None]
+
+
+@jax.custom_vjp
+def _chosen_experts(x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout: TileLayout) -> jax.Array:
+    return _forward(x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout)[0]
+
+
+def _forward(x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout):
+    gates_G1 = _gates_of_rows(gates_TK, layout)
+
+    def body(read, write, expert, outputs):
+        y_TD, a_GF, b_GF = outputs
+        token_B = read(layout.token_of_row_G)
+        x_BD = _tokens(x_TD, token_B)
+        a_BF, b_BF = _dot(x_BD, _of(gate_EDF, expert)), _dot(x_BD, _of(up_EDF, expert))
+        h_BF = (read(gates_G1) * swiglu.swiglu(a_BF, b_BF)).astype(x_BD.dtype)
+        y_TD = y_TD.at[token_B].add(_dot(h_BF, _of(down_EFD, expert)), mode="drop")
+        return y_TD, write(a_GF, a_BF), write(b_GF, b_BF)
+
+    zeros_GF = jnp.zeros((gates_G1.shape[0], gate_EDF.shape[2]), x_TD.dtype)
+    y_TD, a_GF, b_GF = _over_tiles(layout, body, (jnp.zeros(x_TD.shape, jnp.float32), zeros_GF, zeros_GF))
+    return y_TD.astype(x_TD.dtype), (x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout, a_GF, b_GF)
+
+
+def _backward(residuals, dy_TD):
+    x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout, a_GF, b_GF = residuals
+    gates_G1 = _gates_of_rows(gates_TK, layout)
+
+    def body(read, write, expert, outputs):
+        dx_TD, dgates_G1, dgate_EDF, dup_EDF, ddown_EFD = outputs
+        token_B, gates_B1, a_BF, b_BF = map(read, (layout.token_of_row_G, gates_G1, a_GF, b_GF))
+        x_BD, dy_BD = _tokens(x_TD, token_B), _tokens(dy_TD, token_B)
+        dh_BF, h_BF = _dot(dy_BD, _of(down_EFD, expert), _NT), swiglu.swiglu(a_BF, b_BF)
+        dgates_G1 = write(dgates_G1, jnp.sum(h_BF.astype(jnp.float32) * dh_BF, axis=-1, keepdims=True))
+        da_BF, db_BF = swiglu.gradients(a_BF, b_BF, gates_B1 * dh_BF)
+        dx_BD = _dot(da_BF, _of(gate_EDF, expert), _NT) + _dot(db_BF, _of(up_EDF, expert), _NT)
+        dx_TD = dx_TD.at[token_B].add(dx_BD, mode="drop")
+        dgate_EDF = _add(dgate_EDF, expert, _dot(x_BD, da_BF, _TN))
+        dup_EDF = _add(dup_EDF, expert, _dot(x_BD, db_BF, _TN))
+        ddown_EFD = _add(ddown_EFD, expert, _dot((gates_B1 * h_BF).astype(x_BD.dtype), dy_BD, _TN))
+        return dx_TD, dgates_G1, dgate_EDF, dup_EDF, ddown_EFD
+
+    zeros = (jnp.zeros(a.shape, jnp.float32) for a in (x_TD, gates_G1, gate_EDF, up_EDF, down_EFD))
+    dx_TD, dgates_G1, *dweights = _over_tiles(layout, body, tuple(zeros))
+    dgates_TK = dgates_G1[:, 0].at[layout.row_of_choice_TK].get(mode="fill", fill_value=0)
+    dweights = (dw.astype(x_TD.dtype) for dw in dweights)
+    return dx_TD.astype(x_TD.dtype), dgates_TK.astype(gates_TK.dtype), *dweights, None
+
+
+_chosen_experts.defvjp(_forward, _backward)

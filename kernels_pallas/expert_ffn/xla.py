@@ -14,7 +14,6 @@ from kernels_pallas.tiles import TileLayout, make_layout, tile_size
 _NT = (((1,), (1,)), ((), ()))  # x_BF w_DF -> x_BD
 _TN = (((0,), (0,)), ((), ()))  # x_BD y_BF -> D x F
 _FEW_TOKENS = 16  # rows up to which a matmul costs no more than reading its weights
-_FEW_TILES = 8  # unrolled in the program
 
 
 def expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD) -> jax.Array:
@@ -61,7 +60,7 @@ def _over_tiles(layout: TileLayout, body, outputs):
 
     `read(x)` is the tile's rows of x; `write(y, rows)` puts them into y.
     """
-    tiles, tile = len(layout.expert_of_tile), layout.tile
+    tile = layout.tile
 
     def step(i, outputs):
         def read(x):
@@ -72,11 +71,7 @@ def _over_tiles(layout: TileLayout, body, outputs):
 
         return body(read, write, layout.expert_of_tile[i], outputs)
 
-    if tiles > _FEW_TILES:
-        return jax.lax.fori_loop(0, layout.live_tiles, step, outputs)
-    for i in range(tiles):  # a dead tile has no tokens: it adds zeros
-        outputs = step(i, outputs)
-    return outputs
+    return jax.lax.fori_loop(0, layout.live_tiles, step, outputs)
 
 
 def _gates_of_rows(gates_TK, layout: TileLayout) -> jax.Array:

@@ -14,7 +14,7 @@ from oracles.layers import swiglu
 CASES = {
     "loop over tiles": (70, 3, 8, 20, 44),
     "tiles larger than one": (300, 2, 3, 9, 7),
-    "few tiles, unrolled": (2, 3, 9, 6, 5),
+    "few tokens, few experts": (2, 3, 9, 6, 5),
     "few tokens, every expert": (9, 4, 8, 10, 12),
     "one token, one expert": (1, 1, 1, 4, 3),
     "all to one expert": (40, 1, 6, 8, 6),

@@ -20,8 +20,22 @@ def expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD) -> jax.Arr
     (T, K), E = expert_TK.shape, gate_EDF.shape[0]
     if T <= _FEW_TOKENS and T * K >= 2 * E:
         return _all_experts(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD)
-    layout = make_layout(expert_TK, E, tile_size(T * K, E))
+    tile = tile_size(T * K, E)
+    layout = make_layout(expert_TK, E, tile) if tile > 1 else _a_row_each(expert_TK, E)
     return _chosen_experts(x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout)
+
+
+def _a_row_each(expert_TK: jax.Array, experts: int) -> TileLayout:
+    """Tiles of one row, not sorted: for few choices, whose sorting would take as long as computing them."""
+    T, K = expert_TK.shape
+    computed_TK, row_TK = expert_TK < experts, jnp.arange(T * K, dtype=jnp.int32).reshape(T, K)
+    return TileLayout(
+        expert_of_tile=jnp.minimum(expert_TK, experts - 1).reshape(T * K),
+        live_tiles=jnp.int32(T * K),
+        token_of_row_G=jnp.where(computed_TK, row_TK // K, T).reshape(T * K),
+        choice_of_row_G=(row_TK % K).reshape(T * K),
+        row_of_choice_TK=jnp.where(computed_TK, row_TK, T * K),
+    )
 
 
 def _all_experts(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD) -> jax.Array:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsv2_jax.config import ConfigError, MLAConfig, ModelConfig
+from dsv2_jax.hf.safetensors import SCALE
 
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
-SCALE = "_scale_inv"  # a weight's FP8 block scales have its key with this ending, and are read with it
 EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 FUSED_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
@@ -26,9 +26,7 @@ class Entry:
     source: str  # key in the released folder
     target: tuple[str, ...]
     index: tuple[int, ...]  # along the leading axes of the target: MoE layer, then expert; () for the whole array
-    axes: tuple[
-        tuple[int, ...], ...
-    ]  # of target[index]; axes that are one axis as released are a group: (heads, width)
+    axes: tuple[tuple[int, ...], ...]  # of target[index]; a group (heads, width) is one axis as released
     transposed: bool  # released as [out, in], ours [in, out]
 
     @property

@@ -1,33 +1,33 @@
 """What a conversion has done so far, for the next run to go on: JSON lines beside what is being written."""
 
+import fcntl
 import json
 import os
 import pathlib
 
 
 class Journal:
-    """Lines that are on disk when `add` returns.
+    """Lines that are on disk when `add` returns; one process at a time has it open (`BlockingIOError` for others).
 
-    The first one is `identity`, text that stands for the source and the options; a journal of another identity is
-    emptied. `entries` are the other lines as they were found, up to one that a crash has cut.
+    The first line is `identity`, text that stands for the source and the options. `entries` are the others as they were
+    found, up to one that a crash has cut; none, and `found` is False, where the journal is new or of another identity.
     """
 
     def __init__(self, path: pathlib.Path, identity: str):
         self.path = path
-        lines = _read(path) if path.exists() else []
+        self._file = path.open("a+", errors="replace")
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._file.seek(0)
+        lines = _lines(self._file.read())
         self.found = lines[:1] == [{"identity": identity}]
         self.entries = lines[1:] if self.found else []
-        self._file = path.open("w")
-        for line in [{"identity": identity}, *self.entries]:
-            self._write(line)
-        self._flush()
+        self._file.truncate(0)
+        self._write({"identity": identity}, *self.entries)
 
     def add(self, entry: dict) -> None:
         self._write(entry)
-        self._flush()
 
     def remove(self) -> None:
-        self._file.close()
         self.path.unlink()
 
     def __enter__(self):
@@ -36,17 +36,15 @@ class Journal:
     def __exit__(self, *error):
         self._file.close()
 
-    def _write(self, line: dict) -> None:
-        self._file.write(json.dumps(line) + "\n")
-
-    def _flush(self) -> None:
+    def _write(self, *lines: dict) -> None:
+        self._file.writelines(json.dumps(line) + "\n" for line in lines)
         self._file.flush()
         os.fsync(self._file.fileno())
 
 
-def _read(path: pathlib.Path) -> list[dict]:
+def _lines(text: str) -> list[dict]:
     lines = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:

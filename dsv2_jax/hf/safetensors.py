@@ -5,6 +5,7 @@ C order. Several files (shards) are tied together by model.safetensors.index.jso
 used: through NumPy it reads no FP8, it checks no index, and it writes only what is in memory.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import numpy as np
 from dsv2_jax.hf.journal import Journal
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+JOURNAL = "export.journal"
 SCALE = "_scale_inv"  # of an FP8 weight: its key with this ending holds one factor per block
 BLOCK = 128  # rows and columns of an FP8 block
 LARGEST_HEADER = 100_000_000  # bytes; a limit of the format, kept for the index too
@@ -308,8 +310,14 @@ class ShardWriter:
     """
 
     def __init__(self, folder: str | os.PathLike, max_shard_bytes: int, identity: str = ""):
-        self.folder, self.max_shard_bytes, self.identity = pathlib.Path(folder), max_shard_bytes, identity
+        self.folder, self.max_shard_bytes = pathlib.Path(folder), max_shard_bytes
         self._tensors: dict[str, _Planned] = {}
+        for name in (SINGLE, INDEX):
+            if (self.folder / name).exists():
+                raise FolderError(f"{self.folder / name} is there already; choose another folder, or remove it")
+        with _writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._journal = self._open_journal(identity)
 
     def add(self, name: str, shape: tuple[int, ...], dtype, pieces: Iterable[np.ndarray]) -> None:
         """One more tensor, whose values are those of `pieces`, one after another in C order; drawn in `finish`."""
@@ -317,7 +325,18 @@ class ShardWriter:
             raise ValueError(f"{name} is added twice")
         self._tensors[name] = _Planned(name, tuple(shape), np.dtype(dtype), pieces)
 
-    def finish(self, metadata: dict[str, str] | None = None, state: dict | None = None, wrote: Callable = len) -> None:
+    def done_bytes(self) -> int:
+        """Of the tensors added, those that an interrupted run has written."""
+        return sum(tensor.bytes for shard in self._plan()[: len(self._journal.entries)] for tensor in shard)
+
+    def finish(
+        self,
+        metadata: dict[str, str] | None = None,
+        *,
+        state: dict | None = None,
+        wrote: Callable[[np.ndarray], object] = len,
+        verify: Callable[[], object] = dict,
+    ) -> None:
         """Write all; raises `FolderError` where the folder cannot be written.
 
         Args:
@@ -325,26 +344,39 @@ class ShardWriter:
           state: plain data that the pieces may change as they are drawn. It is kept with every complete shard, and put
             back as it was when a run goes on after that shard.
           wrote: called with every piece once it is written.
+          verify: called when all is written and nothing accepted yet; if it raises, what is written is removed.
         """
-        metadata = {"format": "pt"} | (metadata or {})
         shards = self._plan()
         names = _shard_names(len(shards))
-        for name in (SINGLE, INDEX):
-            if (self.folder / name).exists():
-                raise FolderError(f"{self.folder / name} is there already; choose another folder, or remove it")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._journal(state) as journal:
-                for name, shard in list(zip(names, shards))[len(journal.entries) :]:
-                    self._write_shard(name, shard, metadata, wrote)
-                    journal.add({"shard": name, "state": state})
-                self._publish(names, shards)
+        with self._journal as journal, _writing(self.folder):
+            if state is not None and journal.entries:
+                state.clear()
+                state.update(journal.entries[-1]["state"])
+            for name, shard in list(zip(names, shards))[len(journal.entries) :]:
+                self._write_shard(name, shard, {"format": "pt"} | (metadata or {}), wrote)
+                journal.add({"shard": name, "state": state})
+            try:
+                verify()
+            except Exception:
+                self._clear()
                 journal.remove()
-        except OSError as error:
-            file = error.filename or self.folder
-            raise FolderError(
-                f"{file}: cannot be written ({error.strerror}); once there is room, run it again"
-            ) from error
+                raise
+            self._publish(names, shards)
+            journal.remove()
+
+    def _open_journal(self, identity: str) -> Journal:
+        """A line per complete shard; what a run of another identity has left is removed."""
+        path = self.folder / JOURNAL
+        interrupted = path.exists()
+        journal = Journal(path, identity)
+        if interrupted and not journal.found:
+            self._clear()
+        return journal
+
+    def _clear(self) -> None:
+        for pattern in ("*.partial", "*.complete", "model-*-of-*.safetensors"):
+            for left in self.folder.glob(pattern):
+                left.unlink()
 
     def _plan(self) -> list[list[_Planned]]:
         shards, size = [[]], 0
@@ -357,21 +389,7 @@ class ShardWriter:
         # Wider types first, so that every tensor begins at a multiple of its width.
         return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
 
-    def _journal(self, state: dict | None) -> Journal:
-        """A line per complete shard; what a run of another identity has left is removed."""
-        path = self.folder / "export.journal"
-        ours = path.exists()
-        journal = Journal(path, self.identity)
-        if ours and not journal.found:
-            for pattern in ("*.partial", "*.complete", "model-*-of-*.safetensors"):
-                for left in self.folder.glob(pattern):
-                    left.unlink()
-        if state is not None and journal.entries:
-            state.clear()
-            state.update(journal.entries[-1]["state"])
-        return journal
-
-    def _write_shard(self, name: str, shard: list[_Planned], metadata: dict, wrote: Callable) -> None:
+    def _write_shard(self, name: str, shard: list[_Planned], metadata: dict[str, str], wrote: Callable) -> None:
         partial = self.folder / f"{name}.partial"
         with partial.open("wb") as file:
             file.write(_header(shard, metadata))
@@ -380,7 +398,7 @@ class ShardWriter:
                 for piece in tensor.pieces:
                     if piece.dtype != tensor.dtype:
                         raise ValueError(f"{tensor.name}: a piece is {piece.dtype}, not {tensor.dtype}")
-                    _write(file, np.ascontiguousarray(piece).reshape(-1).view(np.uint8), partial)
+                    file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
                     wrote(piece)
                 if file.tell() - start != tensor.bytes:
                     raise ValueError(f"{tensor.name}: its pieces are {file.tell() - start} bytes, not {tensor.bytes}")
@@ -416,9 +434,13 @@ def _header(shard: list[_Planned], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write(file, data: np.ndarray, path: pathlib.Path) -> None:
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path):
+    """What the system refuses becomes a `FolderError`."""
     try:
-        file.write(data)
+        yield
+    except BlockingIOError:
+        raise FolderError(f"{folder}: another process is writing it; wait for it, or choose another folder") from None
     except OSError as error:
-        error.filename = path
-        raise
+        file = error.filename or folder
+        raise FolderError(f"{file}: cannot be written ({error.strerror}); once it can be, run it again") from error

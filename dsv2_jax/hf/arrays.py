@@ -4,6 +4,7 @@ An array is a zarr array in the OCDBT database `params/`, under its names joined
 """
 
 import collections
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -12,7 +13,12 @@ import numpy as np
 import tensorstore
 from etils import epath
 
+from dsv2_jax.checkpoint import CheckpointError
+from dsv2_jax.hf.safetensors import FolderError
+
 IN_FLIGHT = 128 * 2**20  # bytes being written at once
+
+REMEDY = "cannot be written; once it can be, run it again"
 
 Names = tuple[str, ...]
 
@@ -29,15 +35,17 @@ class Arrays:
     def __init__(self, folder: str | os.PathLike):
         self.folder = epath.Path(folder)
         self._open: dict[Names, tensorstore.TensorStore] = {}
-        self._writes: collections.deque = collections.deque()  # (future, values, what to call then)
+        self._writes: collections.deque = collections.deque()  # (future, names, bytes, what to call then)
         self._bytes = 0
 
     def read(self, names: Names, index: tuple[slice | int, ...] = ()) -> np.ndarray:
-        return self._array(names)[index].read().result()
+        with self._complaining(names, CheckpointError, "cannot be read; is the checkpoint whole?"):
+            return self._array(names)[index].read().result()
 
     def chunk(self, names: Names) -> tuple[int, ...]:
         """What is stored, and so read, in one piece."""
-        return self._array(names).chunk_layout.read_chunk.shape
+        with self._complaining(names, CheckpointError, "cannot be read; is the checkpoint whole?"):
+            return self._array(names).chunk_layout.read_chunk.shape
 
     def create(self, names: Names, shape: tuple[int, ...], dtype: np.dtype, chunk: tuple[int, ...]) -> None:
         """An array to write to; an equal one that is there already is opened."""
@@ -53,14 +61,15 @@ class Arrays:
             "filters": None,
         }
         spec = self._spec(names) | {"metadata": metadata, "create": True, "store_data_equal_to_fill_value": True}
-        self._open[names] = tensorstore.open(spec).result()
+        with self._complaining(names, FolderError, REMEDY):
+            self._open[names] = tensorstore.open(spec).result()
 
     def write(self, names: Names, index: tuple, values: np.ndarray, then: Callable[[], None] | None = None) -> None:
         """Start to write whole chunks; `then` is called, in the order of the calls, when they are on disk.
 
         Waits while more than `IN_FLIGHT` bytes are being written.
         """
-        self._writes.append((self._array(names)[index].write(values), values, then))
+        self._writes.append((self._array(names)[index].write(values), names, values.nbytes, then))
         self._bytes += values.nbytes
         while self._bytes > IN_FLIGHT:
             self._finish_one()
@@ -79,11 +88,20 @@ class Arrays:
         (self.folder / "_METADATA").write_text(json.dumps({"tree_metadata": tree, **flags, "custom_metadata": None}))
 
     def _finish_one(self) -> None:
-        future, values, then = self._writes.popleft()
-        self._bytes -= values.nbytes
-        future.result()
+        future, names, size, then = self._writes.popleft()
+        self._bytes -= size
+        with self._complaining(names, FolderError, REMEDY):
+            future.result()
         if then:
             then()
+
+    @contextlib.contextmanager
+    def _complaining(self, names: Names, kind: type[Exception], remedy: str):
+        try:
+            yield
+        except Exception as error:  # TensorStore raises what its codes map to
+            reason = str(error).splitlines()[0][:400]
+            raise kind(f"{self.folder}: {'.'.join(names)} {remedy} ({reason})") from error
 
     def _array(self, names: Names) -> tensorstore.TensorStore:
         if names not in self._open:

@@ -315,7 +315,7 @@ class ShardWriter:
         for name in (SINGLE, INDEX):
             if (self.folder / name).exists():
                 raise FolderError(f"{self.folder / name} is there already; choose another folder, or remove it")
-        with _writing(self.folder):
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._journal = self._open_journal(identity)
 
@@ -348,7 +348,7 @@ class ShardWriter:
         """
         shards = self._plan()
         names = _shard_names(len(shards))
-        with self._journal as journal, _writing(self.folder):
+        with self._journal as journal, writing(self.folder):
             if state is not None and journal.entries:
                 state.clear()
                 state.update(journal.entries[-1]["state"])
@@ -435,7 +435,7 @@ def _header(shard: list[_Planned], metadata: dict[str, str]) -> bytes:
 
 
 @contextlib.contextmanager
-def _writing(folder: pathlib.Path):
+def writing(folder: pathlib.Path):
     """What the system refuses becomes a `FolderError`."""
     try:
         yield

@@ -11,6 +11,8 @@ so is token dropping.
 """
 
 import dataclasses
+import json as json_library
+import pathlib
 
 from dsv2_jax import config_io
 from dsv2_jax.config import DTYPES, ConfigError, MLAConfig, ModelConfig
@@ -84,6 +86,17 @@ OTHERS = {  # read by name below
     "model_type", "num_key_value_heads", "topk_method", "aux_loss_alpha", "tie_word_embeddings", "quantization_config",
     "rope_scaling", "rope_parameters", "dtype", "torch_dtype",
 }  # fmt: skip
+
+
+def read_json(path: str | pathlib.Path) -> dict:
+    """The object that a JSON file holds; `ConfigError` naming the file where there is none."""
+    try:
+        value = json_library.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: must hold a JSON object")
+    return value
 
 
 def model_config(json: dict, origin: str = "config.json") -> ModelConfig:

@@ -198,7 +198,7 @@ def test_fields_without_numbers_do_not_matter(name, value):
         "mscale": 0.5,
         "mscale_all_dim": 0.5,
         "original_max_position_embeddings": 2048,
-    }.items(),  # fmt: skip
+    }.items(),
 )
 def test_a_changed_field_of_yarn_changes_the_model(spelling, name, value):
     released = V2_5 if spelling == "rope_scaling" else respelled(V2_5)

@@ -1,7 +1,7 @@
 """Turn a published DeepSeek-V2 folder into a checkpoint of ours (import), or a checkpoint into such a folder (export).
 
-Either way one tensor at a time is in memory, whatever the model's size. A run that was stopped goes on where it was when
-it is started again; until it is whole, nothing loads what it has written.
+Either way one tensor at a time is in memory, whatever the model's size. A run that was stopped goes on where it was
+when it is started again; until it is whole, nothing loads what it has written.
 """
 
 import pathlib
@@ -67,7 +67,7 @@ def convert(flags) -> int:
         if flags.command == "export":
             convert.export_folder(flags.src, flags.dst, shard_bytes=size(flags.shard_size), **options)
             return 0
-        problems = convert.import_folder(pretrained.local_folder(flags.src), flags.dst, **options)
+        problems = convert.import_folder(pretrained.local_folder(flags.src) or flags.src, flags.dst, **options)
     if problems:
         raise ConfigError(f"{flags.src}: {len(problems)} problems\n  " + "\n  ".join(problems))
     return 0

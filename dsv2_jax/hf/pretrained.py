@@ -21,7 +21,7 @@ from dsv2_jax.hf.config import is_tied, model_config, read_json
 from dsv2_jax.hf.safetensors import INDEX, SINGLE, Folder, FolderError
 from dsv2_jax.model.transformer import Transformer
 
-PUBLISHED_FILES = ("config.json", SINGLE, INDEX, "model-*.safetensors", "tokenizer.json")
+PUBLISHED_FILES = ("config.json", SINGLE, INDEX, "model-*.safetensors", "tokenizer*.json", "generation_config.json")
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
 TOKENIZER = "tokenizer.json"
 
@@ -48,7 +48,7 @@ def from_pretrained(
     `CheckpointError` where its files are damaged or do not fit.
     """
     check(dtype is None or dtype in DTYPES, "dtype", dtype, f"be one of {', '.join(DTYPES)}, or None")
-    folder = _local(path_or_hub_id)
+    folder = local_folder(path_or_hub_id)
     if folder is not None and ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
         return _load_published(folder, mesh, dtype), _load_tokenizer(folder / TOKENIZER)
     if folder is not None and (folder / "config.json").is_file() and not _has_checkpoint(folder):
@@ -70,7 +70,7 @@ def _load_tokenizer(file: pathlib.Path | None) -> Tokenizer | None:
     return Tokenizer.load(file) if file is not None and file.is_file() else None
 
 
-def _local(path_or_hub_id: str | pathlib.Path) -> pathlib.Path | None:
+def local_folder(path_or_hub_id: str | pathlib.Path) -> pathlib.Path | None:
     """The folder, downloaded if need be; None for a path that only our checkpoints can have (gs://...)."""
     name = str(path_or_hub_id)
     if "://" in name:
@@ -122,11 +122,11 @@ def _array(leaf: jax.ShapeDtypeStruct, folder: Folder, entries: list[mapping.Ent
     def read(*bounds: tuple[int, int]) -> np.ndarray:
         values = np.empty([last - first for first, last in bounds], leaf.dtype)
         for entry in entries:
-            _, place = _unstacked_place(entry.target, entry.index)
-            leading, rest = bounds[: len(place)], bounds[len(place) :]
+            _, place = _unstacked_place(entry.target, entry.index)  # () or (expert,)
+            leading, rest = bounds[: len(place)], tuple(slice(*pair) for pair in bounds[len(place) :])
             if all(first <= i < last for i, (first, last) in zip(place, leading, strict=True)):
                 at = tuple(i - first for i, (first, _) in zip(place, leading, strict=True))
-                values[at] = entry.read(folder.read, tuple(slice(*pair) for pair in rest))
+                values[at] = entry.read(folder.read, rest)
         return values
 
     def slice_of(index: tuple[slice, ...]) -> np.ndarray:

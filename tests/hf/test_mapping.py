@@ -2,6 +2,7 @@
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 import small
@@ -134,6 +135,16 @@ def test_a_slice_reads_only_itself(config):
                 for place, (size, (first, last)) in enumerate(zip(group, bounds[at : at + len(group)]))
             ]
             assert folder.numbers_read[entry.source] == math.prod(whole_heads)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (0, 3), (128, 128), (129, 300), (257, 5)])
+def test_transposing_by_blocks(dtype, shape):
+    matrix = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    turned = mapping.transpose(matrix)
+    assert turned.flags.c_contiguous
+    np.testing.assert_array_equal(turned, matrix.T)
+    np.testing.assert_array_equal(mapping.transpose(matrix[:, ::2]), matrix[:, ::2].T)
 
 
 def test_a_tied_folder_gives_its_embedding_twice():

@@ -2,12 +2,11 @@
 
 import fcntl
 import json
-import os
 import pathlib
 
 
 class Journal:
-    """Lines that are on disk when `add` returns; one process at a time has it open (`BlockingIOError` for others).
+    """What `add` was given is kept if this process dies; one at a time has it open (`BlockingIOError` for others).
 
     The first line is `identity`, text that stands for the source and the options. `entries` are the others as they were
     found, up to one that a crash has cut; none, and `found` is False, where the journal is new or of another identity.
@@ -39,7 +38,6 @@ class Journal:
     def _write(self, *lines: dict) -> None:
         self._file.writelines(json.dumps(line) + "\n" for line in lines)
         self._file.flush()
-        os.fsync(self._file.fileno())
 
 
 def _lines(text: str) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Small models laid out as the released ones are: config.json, tensor names and shapes, safetensors. Imports nothing of ours.
+"""Small models laid out as the released ones are: config.json, names and shapes of tensors. Imports nothing of ours.
 
 Weights come from a seed through raw PCG64 words, whose stream NumPy guarantees, so goldens need to hold outputs only.
 """

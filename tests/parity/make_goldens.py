@@ -9,11 +9,11 @@ import pathlib
 import tempfile
 
 import numpy as np
-
 import published
+from parity import live
+
 from oracles import published as oracle
 from oracles.compare import worst
-from parity import live
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "goldens"
 LENGTH, PROMPT, NEW = 128, 40, 64  # tokens; the models' original length is 64

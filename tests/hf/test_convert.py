@@ -39,6 +39,7 @@ def write(path, values=None, style="v2", **changes):
     return path
 
 
+@functools.cache
 def abstract(style="v2", dtype=np.float32):
     model = functools.partial(Transformer, model_config(published.CONFIGS[style]))
     shapes = jax.eval_shape(model, jax.random.key(0))

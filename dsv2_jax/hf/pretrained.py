@@ -32,7 +32,8 @@ def from_pretrained(
     """The model of a folder as released, of an id on the Hugging Face Hub, or of a run's folder, and its tokenizer.
 
         model, tokenizer = dsv2_jax.from_pretrained("deepseek-ai/DeepSeek-V2-Lite")
-        logits_BTV = model(jnp.array([[tokenizer.bos, *tokenizer.encode("What is a transformer?")]]))  # float32
+        tokens_BT = jnp.array([[tokenizer.bos, *tokenizer.encode("What is a transformer?")]])
+        logits_BTV = jax.jit(dsv2_jax.Transformer.__call__)(model, tokens_BT)  # float32; model(tokens_BT), compiled
 
     The MoE layers come as a list (see `Transformer.unstacked`), with which generation is fastest; to train, open a run
     (`dsv2_jax.pretrain`). Norms and the router stay in float32, the other matrices are held in `dtype`, a tensor at a
@@ -104,7 +105,8 @@ def _load_published(path: pathlib.Path, mesh: Mesh | None, dtype: str | None) ->
         names, _ = _unstacked_place(entry.target, entry.index)
         places.setdefault(names, []).append(entry)
     abstract = _with_shardings(_abstract(config, dtype), mesh)
-    arrays = {names: _array(leaf, folder, places[names]) for names, leaf in _leaves(abstract)}
+    # One at a time: copies to devices are asynchronous, and keep their source.
+    arrays = {names: jax.block_until_ready(_array(leaf, folder, places[names])) for names, leaf in _leaves(abstract)}
     return _filled(abstract, arrays)
 
 

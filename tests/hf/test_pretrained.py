@@ -14,7 +14,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 from jax.sharding import Mesh
 
-import dsv2_jax
 from dsv2_jax import checkpoint, config_io
 from dsv2_jax.checkpoint import Checkpoints
 from dsv2_jax.config import ConfigError
@@ -258,13 +257,3 @@ def test_a_broken_tokenizer_is_an_error(tmp_path):
     (folder / "tokenizer.json").write_text('{"version": "1.0", "model"')
     with pytest.raises(ConfigError, match=r"tokenizer.json: not a readable tokenizer.json"):
         from_pretrained(folder)
-
-
-def test_texts_from_a_released_folder(tmp_path, tokenizer):
-    config = published.LITE | {"vocab_size": 300, "num_hidden_layers": 2}
-    folder = published.write_folder(tmp_path, config, published.weights(config))
-    tokenizer.save(folder / "tokenizer.json")
-    model, loaded = dsv2_jax.from_pretrained(folder)
-    prompts = ["What is", [{"role": "user", "content": "What?"}]]
-    texts = dsv2_jax.generate(model, loaded, prompts, max_new_tokens=4)
-    assert [type(text) for text in texts] == [str, str]

@@ -99,7 +99,7 @@ def test_tied_embeddings_are_read_for_the_output_matrix_too(tmp_path):
 # --- a mesh ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [dict(fsdp=2, expert=2, tensor=2), dict(expert=8), dict(data=4, fsdp=2)], ids=str)
+@pytest.mark.parametrize("sizes", [dict(fsdp=2, expert=2, tensor=2), dict(expert=4), dict(data=4, fsdp=2)], ids=str)
 def test_each_device_receives_its_slice_and_nothing_is_read_twice(tmp_path, monkeypatch, sizes):
     config = published.V2 | {"torch_dtype": "float32"}
     tensors = published.weights(config)
@@ -134,7 +134,7 @@ def test_each_device_receives_its_slice_and_nothing_is_read_twice(tmp_path, monk
                 np.testing.assert_array_equal(shard.data[inside.index(place[0])], whole[shard.index[1:]])
     experts = leaves["moe_blocks", "0", "ffn", "gate"]
     assert experts.addressable_shards[0].data.shape[0] == 24 // sizes.get("expert", 1)
-    assert split or sizes == dict(expert=8)
+    assert split or sizes == dict(expert=4)
 
 
 def test_logits_do_not_depend_on_the_mesh(released):
@@ -166,7 +166,7 @@ def run(tmp_path_factory, tokenizer):
     return folder, model
 
 
-@pytest.mark.parametrize(("dtype", "mesh"), [(None, None), ("bfloat16", None), (None, dict(fsdp=2, expert=4))])
+@pytest.mark.parametrize(("dtype", "mesh"), [(None, None), ("bfloat16", None), (None, dict(fsdp=2, expert=2))])
 def test_a_run_of_ours_is_taken_apart_array_by_array(run, monkeypatch, dtype, mesh):
     folder, model = run
     restored, restore = [], checkpoint.restore_params
@@ -182,7 +182,7 @@ def test_a_run_of_ours_is_taken_apart_array_by_array(run, monkeypatch, dtype, me
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(restored[0].moe_blocks))  # no second model stays
     if mesh:
         gate = loaded.moe_blocks[0].ffn.gate[...]
-        assert gate.addressable_shards[0].data.shape == (2, 10, 11)
+        assert gate.addressable_shards[0].data.shape == (4, 10, 11)
 
 
 def test_one_checkpoint_of_a_run(run):

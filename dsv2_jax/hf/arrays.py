@@ -16,7 +16,7 @@ from etils import epath
 from dsv2_jax.checkpoint import CheckpointError
 from dsv2_jax.hf.safetensors import FolderError
 
-IN_FLIGHT = 128 * 2**20  # bytes being written at once
+IN_FLIGHT = 64 * 2**20  # bytes being written at once
 
 REMEDY = "cannot be written; once it can be, run it again"
 

@@ -1,6 +1,7 @@
 """Continue one or several prompts with a trained or released model, printing the text as it comes.
 
-Each prompt begins with BOS. A continuation ends before a stop string, at the model's end token, or by --max_new_tokens.
+Each prompt begins with BOS; with --chat it is a user's message and its continuation the answer. A continuation ends
+before a stop string, at the model's end token, or by --max_new_tokens.
 """
 
 import functools
@@ -9,7 +10,7 @@ import os
 import sys
 
 import common
-from dsv2_jax.config import DTYPES, ConfigError
+from dsv2_jax.config import DTYPES, ConfigError, check
 
 MODELS = "a run folder (its newest checkpoint), one checkpoint, a folder as released, or an id on the Hugging Face Hub"
 TRAIN = "train one with: python experiments/quickstart.py"
@@ -29,6 +30,8 @@ def arguments():
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add("--dtype", choices=DTYPES, metavar="|".join(DTYPES), help="of weights and activations; default: as trained")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json; default: the one of the run")
+    parser.add_argument("--chat", action="store_true", help="each prompt is a question to a chat model, apart")
+    add("--system", metavar="TEXT", help="with --chat: what every conversation begins with; default: nothing")
     parser.add_argument("--json", action="store_true", help="a line {prompt, text, ended} per prompt, not streamed")
     return common.parse_arguments(parser)
 
@@ -54,12 +57,14 @@ def main() -> int:
     from dsv2_jax.inference.sampling import Sampling
     from dsv2_jax.inference.stream import stream
 
+    check(flags.chat or flags.system is None, "--system", flags.system, "stand beside --chat")
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
     model, tokenizer = load(flags.checkpoint, flags.dtype, flags.tokenizer)
     for number, prompt in enumerate(flags.prompt, 1):
         text = sys.stdin.read() if prompt == "-" else prompt
         limits = {"max_new_tokens": flags.max_new_tokens, "stop": flags.stop}
-        pieces = stream(model, tokenizer, text, sampling=sampling, seed=flags.seed, **limits)
+        asked = conversation(text, flags.system) if flags.chat else text
+        pieces = stream(model, tokenizer, asked, sampling=sampling, seed=flags.seed, **limits)
         if flags.json:
             drawn, ended = collect(pieces)
             print(json.dumps({"prompt": text, "text": drawn, "ended": ended}, ensure_ascii=False), flush=True)
@@ -70,6 +75,11 @@ def main() -> int:
             print(piece, end="", flush=True)
         print(flush=True)
     return 0
+
+
+def conversation(question: str, system: str | None) -> list[dict[str, str]]:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": question}]
 
 
 def collect(pieces) -> tuple[str, str]:

@@ -36,7 +36,7 @@ def generate(
     check(not isinstance(prompts, str), "prompts", prompts, "be a list: write [prompt] for a single one")
     drawn = tokens.generate(
         model,
-        [_encode(tokenizer, prompt) for prompt in prompts],
+        [encode(tokenizer, prompt) for prompt in prompts],
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         eos=tokenizer.eos,
@@ -49,7 +49,8 @@ def generate(
     return [text if isinstance(prompt, str) else text.removeprefix(" ") for prompt, text in zip(prompts, texts)]
 
 
-def _encode(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list[int]:
+def encode(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list[int]:
+    """The tokens of a text or of a conversation that waits for its answer, BOS first."""
     if isinstance(prompt, str):
         return [tokenizer.bos, *tokenizer.encode(prompt)]
     return chat.render(tokenizer, prompt, add_generation_prompt=True).tokens

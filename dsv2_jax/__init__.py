@@ -9,7 +9,8 @@ _PUBLIC = {
     "Sampling": "inference.sampling.Sampling",
     "Tokenizer": "data.tokenizer.Tokenizer",
     "Transformer": "model.transformer.Transformer",
-    "generate": "inference.generate.generate",
+    "from_pretrained": "hf.pretrained.from_pretrained",
+    "generate": "inference.text.generate",
     "preset": "presets.get",
     "pretrain": "train.loop.train",
 }

@@ -9,7 +9,8 @@ A run's folder holds one folder per step, which appears under its final name onl
     120/checksums/    JSON: a 32-bit sum of every array and document above, checked when they are read back
 
 Scan-stacked arrays are stored in chunks of one layer (and one expert), so that export can stream slices of a model
-larger than memory.
+larger than memory. A checkpoint made from released weights (`dsv2_jax.hf.convert`) has no training and no iterator, its
+config is {"model": ...}, and its arrays keep the type of those weights.
 """
 
 import functools
@@ -214,7 +215,8 @@ class Checkpoints:
 def restore_params(path: str | epath.Path, abstract_params, step: int | None = None):
     """Only the model of a checkpoint (the newest, or the one of `step`); the optimizer's arrays are not read.
 
-    `path` is a run's folder, its folder of checkpoints, or one checkpoint. Raises `CheckpointError`, or `ValueError`
+    `path` is a run's folder, its folder of checkpoints, or one checkpoint. Arrays stored in another type than asked for
+    are cast when their checksums have been found right. Raises `CheckpointError`, or `ValueError`
     when the checkpoint holds another model than `abstract_params`.
     """
     folder = locate(path, step)
@@ -232,6 +234,25 @@ def load_config(path: str | epath.Path, step: int | None = None) -> dict:
     folder = locate(path, step)
     try:
         return _read(folder, {}, ("config",))["config"]
+    except Exception as error:
+        raise CheckpointError(f"{folder} is damaged: {_first_line(error)}") from error
+
+
+def write_documents(folder: epath.Path, config: dict, sums: dict[str, int]) -> None:
+    """Make `folder`, with a model's arrays in its `params` and nothing else, a checkpoint.
+
+    `sums`: of every array, under its names joined by "/", the sum modulo 2^32 of its words.
+    """
+    documents = {"config": config, "checksums": {"params": sums, "config": _document_sum(config)}}
+    for name, document in documents.items():
+        (folder / name).mkdir(exist_ok=True)
+        ocp.JsonCheckpointHandler().save(folder / name, args=ocp.args.JsonSave(document))
+
+
+def load_checksums(folder: epath.Path) -> dict[str, int]:
+    """Those of the model's arrays in one checkpoint, as `write_documents` takes them."""
+    try:
+        return ocp.JsonCheckpointHandler().restore(folder / "checksums")["params"]
     except Exception as error:
         raise CheckpointError(f"{folder} is damaged: {_first_line(error)}") from error
 
@@ -277,12 +298,16 @@ def _read(folder: epath.Path, abstract: dict[str, dict], documents: tuple[str, .
     sums = ocp.JsonCheckpointHandler().restore(folder / "checksums")
     values = {}
     for name, tree in abstract.items():
+        if name not in sums:
+            raise _Mismatch(f"{folder} holds a model alone, no {name}: a run cannot go on from it, only begin with it")
         handler = ocp.PyTreeCheckpointHandler()
-        _check_shapes(folder / name, tree, handler.metadata(folder / name).tree)
-        values[name] = handler.restore(folder / name, args=_restore_args(tree))
+        stored = handler.metadata(folder / name).tree
+        _check_shapes(folder / name, tree, stored)
+        values[name] = handler.restore(folder / name, args=_restore_args(tree, stored))
         wrong = [array for array, value in _array_sums(values[name]).items() if sums[name].get(array) != value]
         if wrong:
             raise CheckpointError(f"{name}: the checksum of {', '.join(wrong[:3])} is wrong ({len(wrong)} arrays)")
+        values[name] = jax.tree.map(_cast, values[name], tree)
     for name in documents:
         values[name] = ocp.JsonCheckpointHandler().restore(folder / name)
         if _document_sum(values[name]) != sums[name]:
@@ -290,14 +315,23 @@ def _read(folder: epath.Path, abstract: dict[str, dict], documents: tuple[str, .
     return values
 
 
-def _restore_args(tree: dict):
-    """Arrays are read with the type and sharding of the abstract leaf; without one they go to the first device."""
+def _restore_args(tree: dict, stored: dict):
+    """Arrays are read as they are stored, with the sharding of the abstract leaf; without one to the first device."""
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def array(leaf):
-        return ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding or default, global_shape=leaf.shape)
+    def array(leaf, stored):
+        return ocp.ArrayRestoreArgs(dtype=stored.dtype, sharding=leaf.sharding or default, global_shape=leaf.shape)
 
-    return ocp.args.PyTreeRestore(tree, restore_args=jax.tree.map(array, tree))
+    return ocp.args.PyTreeRestore(tree, restore_args=jax.tree.map(array, tree, stored))
+
+
+def _cast(x: jax.Array, like) -> jax.Array:
+    """`x` in the type of `like`; then its own memory is given back, so that two models are never held."""
+    if x.dtype == like.dtype:
+        return x
+    cast = jax.block_until_ready(x.astype(like.dtype))
+    x.delete()
+    return cast
 
 
 def _check_shapes(folder: epath.Path, wanted: dict, saved: dict) -> None:

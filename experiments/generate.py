@@ -1,17 +1,18 @@
-"""Continue one or several prompts with a trained model, printing the text as it comes.
+"""Continue one or several prompts with a trained or released model, printing the text as it comes.
 
-Each prompt begins with BOS. A continuation ends before a stop string, at the model's end token, or by --max_new_tokens.
+Each prompt begins with BOS; with --chat it is a user's message and its continuation the answer. A continuation ends
+before a stop string, at the model's end token, or by --max_new_tokens.
 """
 
 import functools
 import json
 import os
-import pathlib
 import sys
 
 import common
-from dsv2_jax.config import DTYPES, ConfigError, ExperimentConfig
+from dsv2_jax.config import DTYPES, ConfigError, check
 
+MODELS = "a run folder (its newest checkpoint), one checkpoint, a folder as released, or an id on the Hugging Face Hub"
 TRAIN = "train one with: python experiments/quickstart.py"
 
 
@@ -19,7 +20,7 @@ def arguments():
     example = "python experiments/generate.py --checkpoint=runs/quickstart --prompt='import ' --top_p=0.95"
     parser = common.argument_parser(__doc__, example)
     add = functools.partial(parser.add_argument, metavar="N")
-    add("--checkpoint", required=True, metavar="FOLDER", help="a run folder (its newest checkpoint) or one checkpoint")
+    add("--checkpoint", required=True, metavar="FOLDER", help=MODELS)
     add("--prompt", required=True, action="append", metavar="TEXT", help="may be repeated; - reads standard input")
     add("--max_new_tokens", type=int, default=128, help="default: 128")
     add("--temperature", type=float, default=1.0, metavar="T", help="divides the logits; 0 is greedy; default: 1")
@@ -27,39 +28,28 @@ def arguments():
     add("--top_p", type=float, metavar="P", help="then from the fewest that hold this share of the mass; default: all")
     add("--seed", type=int, default=0, help="default: 0; the same seed draws the same text")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--dtype", choices=DTYPES, metavar="|".join(DTYPES), help="of weights and activations; default: as in training")
+    add("--dtype", choices=DTYPES, metavar="|".join(DTYPES), help="of weights and activations; default: as trained")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json; default: the one of the run")
+    parser.add_argument("--chat", action="store_true", help="each prompt is a question to a chat model, apart")
+    add("--system", metavar="TEXT", help="with --chat: what every conversation begins with; default: nothing")
     parser.add_argument("--json", action="store_true", help="a line {prompt, text, ended} per prompt, not streamed")
     return common.parse_arguments(parser)
 
 
 def load(path: str, dtype: str | None, tokenizer: str | None):
-    """The model, ready to decode, and the tokenizer of a run folder or checkpoint."""
-    if not pathlib.Path(path).is_dir():
-        raise ConfigError(f"--checkpoint={path}: there is no such folder; {TRAIN}")
-    import jax
-
-    from dsv2_jax import checkpoint, config_io
+    """The model, ready to decode, and the tokenizer of what --checkpoint names."""
+    from dsv2_jax.checkpoint import CheckpointError
     from dsv2_jax.data.tokenizer import Tokenizer
-    from dsv2_jax.model.transformer import Transformer
+    from dsv2_jax.hf.pretrained import from_pretrained
+    from dsv2_jax.hf.safetensors import FolderError
 
     try:
-        config = config_io.parse(ExperimentConfig, checkpoint.load_config(path)).model
-        abstract = jax.eval_shape(functools.partial(Transformer, config), jax.random.key(0))
-        model = checkpoint.restore_params(path, abstract)
-    except checkpoint.CheckpointError as error:
-        raise ConfigError(f"--checkpoint={path}: {error}; {TRAIN}") from None
-    return model.unstacked(dtype or config.compute.dtype), Tokenizer.load(tokenizer or find_tokenizer(path))
-
-
-def find_tokenizer(path: str) -> pathlib.Path:
-    """The tokenizer.json of the run, whose folder is at most two above a checkpoint: there, or in its prepared data."""
-    here = pathlib.Path(path).absolute()
-    for folder in (here, *here.parents[:2]):
-        for file in (folder / "tokenizer.json", folder / "data" / "tokenizer.json"):
-            if file.is_file():
-                return file
-    raise ConfigError(f"--checkpoint={path}: there is no tokenizer.json with it; name one with --tokenizer=FILE")
+        model, found = from_pretrained(path, dtype=dtype)
+    except (CheckpointError, ConfigError, FolderError) as error:
+        raise ConfigError(f"--checkpoint: {error}; {TRAIN}") from None
+    if tokenizer is None and found is None:
+        raise ConfigError(f"--checkpoint={path}: there is no tokenizer.json with it; name one with --tokenizer=FILE")
+    return model, Tokenizer.load(tokenizer) if tokenizer else found
 
 
 def main() -> int:
@@ -67,12 +57,14 @@ def main() -> int:
     from dsv2_jax.inference.sampling import Sampling
     from dsv2_jax.inference.stream import stream
 
+    check(flags.chat or flags.system is None, "--system", flags.system, "stand beside --chat")
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
     model, tokenizer = load(flags.checkpoint, flags.dtype, flags.tokenizer)
     for number, prompt in enumerate(flags.prompt, 1):
         text = sys.stdin.read() if prompt == "-" else prompt
         limits = {"max_new_tokens": flags.max_new_tokens, "stop": flags.stop}
-        pieces = stream(model, tokenizer, text, sampling=sampling, seed=flags.seed, **limits)
+        asked = conversation(text, flags.system) if flags.chat else text
+        pieces = stream(model, tokenizer, asked, sampling=sampling, seed=flags.seed, **limits)
         if flags.json:
             drawn, ended = collect(pieces)
             print(json.dumps({"prompt": text, "text": drawn, "ended": ended}, ensure_ascii=False), flush=True)
@@ -83,6 +75,11 @@ def main() -> int:
             print(piece, end="", flush=True)
         print(flush=True)
     return 0
+
+
+def conversation(question: str, system: str | None) -> list[dict[str, str]]:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": question}]
 
 
 def collect(pieces) -> tuple[str, str]:

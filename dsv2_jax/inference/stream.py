@@ -1,6 +1,6 @@
 """Text out of a model as it comes: whole characters, and nothing of the string that ends it."""
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 
 import jax
 
@@ -8,12 +8,13 @@ from dsv2_jax.config import check
 from dsv2_jax.data.tokenizer import TextStream, Tokenizer
 from dsv2_jax.inference.generate import advance, start
 from dsv2_jax.inference.sampling import GREEDY, Sampling
+from dsv2_jax.inference.text import Message, encode
 
 
 def stream(
     model,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[Message],
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -25,13 +26,13 @@ def stream(
 ) -> Generator[str, None, str]:
     """Yield the continuation of `prompt` piece by piece; the generator returns why it ended: "eos", "stop" or "length".
 
-    Pieces are whole characters. The text ends before the first stop string to be complete, however tokens cut it: what
-    may still become one is held back. The host looks at the tokens once every `tokens_at_once`.
+    A prompt is text or a conversation, as for `inference.text.generate`. Pieces are whole characters. The text ends
+    before the first stop string to be complete, however tokens cut it: what may still become one is held back. The host
+    looks at the tokens once every `tokens_at_once`.
     """
     stops, text = StopStrings(stop), TextStream(tokenizer)
-    tokens = [tokenizer.bos, *tokenizer.encode(prompt)]
-    state = start(model, [tokens], max_new_tokens, [seed], cache_length, prefill_chunk)
-    done = 0
+    state = start(model, [encode(tokenizer, prompt)], max_new_tokens, [seed], cache_length, prefill_chunk)
+    done, begins_answer = 0, not isinstance(prompt, str)
     while True:
         state = advance(model, state, min(done + tokens_at_once, max_new_tokens), tokenizer.eos, sampling)
         tokens_L, count, finished = jax.device_get((state.tokens_BL[0], state.counts_B[0], state.finished_B[0]))
@@ -39,6 +40,8 @@ def stream(
         last = finished or done == max_new_tokens
         piece = stops.push("".join(map(text.feed, new)) + (text.finish() if last else ""))
         piece += stops.flush() if last else ""
+        if piece and begins_answer:  # with the space that a conversation has after "Assistant:"
+            piece, begins_answer = piece.removeprefix(" "), False
         if piece:
             yield piece
         if stops.found or last:

@@ -71,6 +71,14 @@ def test_prompts_repeat_and_come_from_standard_input(run_folder, monkeypatch, ca
     assert "--- 2 of 2: 'from the pipe\\n'\n" in printed
 
 
+def test_chat_asks_in_the_released_words(run_folder, monkeypatch, capsys):
+    flags = [f"--checkpoint={run_folder}", "--temperature=0", "--json"]
+    asked = json.loads(generate(monkeypatch, capsys, *flags, "--chat", "--system=os", "--prompt=import"))
+    plain = json.loads(generate(monkeypatch, capsys, *flags, "--prompt=os\n\nUser: import\n\nAssistant:"))
+    assert asked["text"] == plain["text"].removeprefix(" ")
+    assert asked["text"] != json.loads(generate(monkeypatch, capsys, *flags, "--prompt=import"))["text"]
+
+
 def script(*flags: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     command = [sys.executable, str(SCRIPT), *flags]
@@ -80,7 +88,18 @@ def script(*flags: str) -> subprocess.CompletedProcess:
 def test_help_names_every_flag():
     shown = script("--help")
     assert shown.returncode == 0
-    for flag in ("checkpoint", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "dtype"):
+    for flag in (
+        "checkpoint",
+        "prompt",
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "seed",
+        "stop",
+        "dtype",
+        "chat",
+    ):
         assert f"--{flag}" in shown.stdout
 
 
@@ -91,6 +110,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, run_folder):
         (missing, ["no/such/run", "experiments/quickstart.py"]),
         (script(*flags), [str(tmp_path), "no checkpoint", "experiments/quickstart.py"]),
         (script(*flags, "--temperature=-1"), ["temperature=-1.0"]),
+        (script(*flags, "--system=x"), ["--system='x'", "--chat"]),
         (script(*flags, "--top_q=0.5"), ["--top_q", "--top_p"]),
         (script("--prompt=a", f"--checkpoint={run_folder}", "--max_new_tokens=500"), ["max_length=128", "500 new"]),
     ):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 
 from dsv2_jax.config import ConfigError
+from dsv2_jax.data import chat
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.inference.sampling import GREEDY
 from dsv2_jax.inference.stream import StopStrings, stream
@@ -128,3 +129,14 @@ def test_what_cannot_become_a_stop_string_is_not_held_back():
     passed = [stops.push(piece) for piece in ("xa", "a", "a", "c", "aa", "b", "more")]
     assert passed == ["x", "", "a", "aac", "", "", ""]
     assert stops.found
+
+
+def test_an_answer_to_a_conversation_has_no_space_before_it():
+    """The model writes the space after "Assistant:"; what is streamed is the message."""
+    known, messages = tokenizer(), [{"role": "user", "content": "the cat"}]
+    asked = chat.render(known, messages, add_generation_prompt=True).tokens
+    script_S = jnp.array([*asked, *known.encode("  on the mat"), known.eos] + [0] * 300)
+    pieces = list(stream(Scripted(script_S), known, messages, max_new_tokens=100, tokens_at_once=1))
+    assert "".join(pieces) == " on the mat"
+    assert len(pieces) > 1
+    assert all(pieces)

@@ -1,0 +1,317 @@
+"""Published folder -> our checkpoint, and back: one tensor at a time, so that neither is ever in memory.
+
+An imported model looks like a run's folder with one checkpoint, of step 0, that holds a model and no training state:
+
+    checkpoints/0/{params,config,checksums}    bfloat16 tensors are stored so, all others in float32 (or as asked)
+    tokenizer.json, generation_config.json ... as they were published
+
+Both directions check everything they can before they write, go on where an interrupted run stopped, and put what they
+write under its final name only when it is whole.
+"""
+
+import collections
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+
+import ml_dtypes
+import numpy as np
+
+from dsv2_jax import checkpoint, config_io
+from dsv2_jax.checkpoint import CheckpointError
+from dsv2_jax.config import DTYPES, ModelConfig, check
+from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.hf import mapping
+from dsv2_jax.hf.arrays import Arrays, Names, word_sum
+from dsv2_jax.hf.config import is_tied, model_config, published_config, read_json
+from dsv2_jax.hf.journal import Journal
+from dsv2_jax.hf.mapping import Entry
+from dsv2_jax.hf.pretrained import find_tokenizer
+from dsv2_jax.hf.safetensors import JOURNAL as EXPORT_JOURNAL
+from dsv2_jax.hf.safetensors import Folder, FolderError, ShardWriter, writing
+
+IMPORT_JOURNAL = "import.journal"
+TOKENIZER = "tokenizer.json"
+SMALL_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+PIECE = 64 * 2**20  # bytes of a tensor that are read, converted and stored at once
+SHARD_BYTES = 5 * 10**9
+
+Progress = Callable[[int, int], None]  # bytes converted since the last call, bytes in all
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+def import_folder(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    dry_run: bool = False,
+    report: Callable[[str], None] = print,
+    progress: Progress = _silent,
+) -> list[str]:
+    """The model of the published folder `src` as a checkpoint in the folder `dst`.
+
+    Args:
+      dtype: in which all arrays are stored; None: as published where that is bfloat16, otherwise float32.
+      dry_run: report every mapping, write nothing, return every problem.
+
+    Raises `FolderError` for what is wrong with the folders, `ConfigError` with config.json or the tokenizer.
+    """
+    src, dst = pathlib.Path(src), pathlib.Path(dst)
+    check(dtype in (None, *DTYPES), "dtype", dtype, f"be None or one of {', '.join(DTYPES)}")
+    published, origin = read_json(src / "config.json"), str(src / "config.json")
+    config, tied = model_config(published, origin), is_tied(published, origin)
+    folder = Folder(src)
+    problems, entries = mapping.check(config, folder, tied), mapping.table(config, tied)
+    if (src / TOKENIZER).exists():
+        Tokenizer.load(src / TOKENIZER)  # a broken one is an error while nothing is written yet
+    if dry_run:
+        for entry in entries:
+            report(f"{entry.source} -> {_place(entry)}")
+        return problems
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise FolderError(f"{src}: does not hold the model of its config.json: {'; '.join(problems[:5])}{more}")
+    work, final = dst / "checkpoints" / "0.importing", dst / "checkpoints" / "0"
+    with writing(dst), _open_journal(dst, _digest(_fingerprint(folder), published, dtype, PIECE)) as journal:
+        if not journal.found:
+            shutil.rmtree(work, ignore_errors=True)
+        if not final.exists():
+            work.mkdir(parents=True, exist_ok=True)
+            sums = _write_arrays(entries, folder, _kinds(entries, folder, dtype), work / "params", journal, progress)
+            checkpoint.write_documents(work, {"model": config_io.to_dict(config), "published": published}, sums)
+            for name in SMALL_FILES:
+                if (src / name).exists():
+                    shutil.copyfile(src / name, dst / name)
+            work.rename(final)
+        journal.remove()
+    return []
+
+
+def export_folder(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    step: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    dtype: str = "bfloat16",
+    dry_run: bool = False,
+    report: Callable[[str], None] = print,
+    progress: Progress = _silent,
+) -> None:
+    """The model of our checkpoint `src` (as for `checkpoint.locate`) as a folder that transformers and vLLM load.
+
+    Args:
+      shard_bytes: largest size of a safetensors file (a larger tensor has one of its own).
+      dtype: of every tensor.
+      dry_run: report every mapping and write nothing.
+
+    Raises `FolderError`, `CheckpointError`, and `ConfigError` where a published config.json cannot describe it.
+    """
+    dst = pathlib.Path(dst)
+    check(dtype in DTYPES, "dtype", dtype, f"be one of {', '.join(DTYPES)}")
+    check(shard_bytes > 0, "shard_bytes", shard_bytes, "be positive")
+    folder = checkpoint.locate(src, step)
+    document, expected = checkpoint.load_config(folder), checkpoint.load_checksums(folder)
+    config = config_io.parse(ModelConfig, document.get("model"), f"{folder}: model")
+    small_files = _small_files(folder, config, dtype, document.get("published") or {})
+    entries = mapping.table(config)
+    if dry_run:
+        for entry in entries:
+            report(f"{_place(entry)} -> {entry.source}")
+        return
+    _check_empty(dst, EXPORT_JOURNAL)
+    arrays, sums, kind = Arrays(folder / "params"), {}, np.dtype(dtype)
+    total = sum(math.prod(entry.shape) for entry in entries) * kind.itemsize
+    writer = ShardWriter(dst, shard_bytes, _digest(str(folder), expected, document, dtype, shard_bytes))
+    for entry in entries:
+        writer.add(entry.source, entry.shape, kind, _published_pieces(entry, arrays, kind, sums))
+    _check_space(dst, total - writer.done_bytes())
+    progress(writer.done_bytes(), total)
+    with writing(dst):
+        for name, text in small_files.items():
+            (dst / name).write_text(text)
+
+    def verify() -> None:
+        if wrong := [name for name in expected if sums.get(name) != expected[name]]:
+            raise CheckpointError(f"{folder} is damaged: the checksum of {', '.join(wrong[:3])} is wrong")
+
+    writer.finish(state=sums, wrote=lambda piece: progress(piece.nbytes, total), verify=verify)
+
+
+# --- pieces of a tensor ----------------------------------------------------------------------------------------------
+
+
+def _place(entry: Entry) -> str:
+    index = f"[{', '.join(map(str, entry.index))}]" if entry.index else ""
+    layout = f"{list(entry.shape)} transposed to {list(entry.our_shape)}" if entry.transposed else list(entry.shape)
+    return f"{'.'.join(entry.target)}{index}  {layout}"
+
+
+def _rows(entry: Entry, dtype: np.dtype) -> tuple[int, int]:
+    """The axis of `our_shape` that is the slow one as published, and how many of its elements make a piece."""
+    axis = len(entry.axes[0]) if entry.transposed else 0
+    size = entry.our_shape[axis]
+    row = math.prod(entry.our_shape) // size * dtype.itemsize
+    return axis, min(size, max(1, PIECE // row))
+
+
+def _pieces(entry: Entry, axis: int, rows: int) -> Iterator[tuple[slice, ...]]:
+    """Indices into `our_shape`, together all of it."""
+    whole = tuple(slice(0, size) for size in entry.our_shape)
+    for first in range(0, entry.our_shape[axis], rows):
+        part = slice(first, min(first + rows, entry.our_shape[axis]))
+        yield (*whole[:axis], part, *whole[axis + 1 :])
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """Of bfloat16 or float32: no exponent is all ones. (NumPy's own test converts bfloat16 first.)"""
+    exponent = np.uint16(0x7F80) if values.dtype.itemsize == 2 else np.uint32(0x7F800000)
+    return bool(((values.view(exponent.dtype) & exponent) != exponent).all())
+
+
+# --- import ----------------------------------------------------------------------------------------------------------
+
+
+def _kinds(entries: list[Entry], folder: Folder, dtype: str | None) -> dict[Names, np.dtype]:
+    """The type in which each array is stored: that of its tensors if they agree on bfloat16."""
+    if dtype:
+        return {entry.target: np.dtype(dtype) for entry in entries}
+    found: dict[Names, set[np.dtype]] = {}
+    for entry in entries:
+        found.setdefault(entry.target, set()).add(folder.dtype(entry.source))
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    return {target: bfloat16 if kinds == {bfloat16} else np.dtype(np.float32) for target, kinds in found.items()}
+
+
+def _write_arrays(
+    entries: list[Entry],
+    folder: Folder,
+    kinds: dict[Names, np.dtype],
+    params: pathlib.Path,
+    journal: Journal,
+    progress: Progress,
+) -> dict[str, int]:
+    """Every tensor to its place in the arrays below `params`, but for those in the journal; returns the checksums."""
+    sizes = [math.prod(entry.shape) * kinds[entry.target].itemsize for entry in entries]
+    sums = collections.Counter()
+    for line in journal.entries:
+        sums["/".join(entries[line["entry"]].target)] += line["sum"]
+    done = {line["entry"] for line in journal.entries}
+    left = sum(size for number, size in enumerate(sizes) if number not in done)
+    _check_space(params.parent, left)
+    progress(sum(sizes) - left, sum(sizes))
+    arrays = _create_arrays(entries, kinds, params)
+
+    def finished(number: int, word_sum_: int) -> None:
+        journal.add({"entry": number, "sum": word_sum_})
+        progress(sizes[number], sum(sizes))
+
+    for number, entry in enumerate(entries):
+        if number in done:
+            continue
+        pieces, added = list(_pieces(entry, *_rows(entry, kinds[entry.target]))), 0
+        for piece in pieces:
+            values = entry.read(folder.read, piece).astype(kinds[entry.target], copy=False)
+            if not _is_finite(values):
+                where = f"{folder.file(entry.source)}: {entry.source!r}"
+                raise FolderError(f"{where} holds values that are not finite; download the file again")
+            added += word_sum(values)
+            then = functools.partial(finished, number, added) if piece is pieces[-1] else None
+            arrays.write(entry.target, (*entry.index, *piece), values, then)
+        sums["/".join(entry.target)] += added
+    arrays.flush()
+    return {name: value % 2**32 for name, value in sums.items()}
+
+
+def _create_arrays(entries: list[Entry], kinds: dict[Names, np.dtype], params: pathlib.Path) -> Arrays:
+    """Empty arrays, in chunks of one layer, one expert and one piece."""
+    shapes = {entry.target: (*(i + 1 for i in entry.index), *entry.our_shape) for entry in entries}  # of the last entry
+    arrays = Arrays(params)
+    for entry in {entry.target: entry for entry in entries}.values():
+        axis, rows = _rows(entry, kinds[entry.target])
+        piece = next(_pieces(entry, axis, rows))
+        chunk = (*(1 for _ in entry.index), *(part.stop for part in piece))
+        arrays.create(entry.target, shapes[entry.target], kinds[entry.target], chunk)
+    arrays.write_names(list(shapes))
+    return arrays
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def _published_pieces(entry: Entry, arrays: Arrays, dtype: np.dtype, sums: dict[str, int]) -> Iterator[np.ndarray]:
+    """A tensor as published, piece after piece; what is read on the way is added to the `sums` of its array."""
+    axis, rows = _rows(entry, dtype)
+    stored = arrays.chunk(entry.target)[len(entry.index) + axis]
+    name, inputs = "/".join(entry.target), math.prod(entry.axes[0])
+    for piece in _pieces(entry, axis, -(-rows // stored) * stored):  # whole chunks: each is read once
+        values = arrays.read(entry.target, (*entry.index, *piece))
+        sums[name] = (sums.get(name, 0) + word_sum(values)) % 2**32
+        values = values.astype(dtype, copy=False)
+        if not _is_finite(values):
+            raise CheckpointError(f"{arrays.folder}: {_place(entry)} holds values that are not finite as {dtype}")
+        yield values.reshape(inputs, -1).T if entry.transposed else values
+
+
+def _small_files(folder, config: ModelConfig, dtype: str, published: dict) -> dict[str, str]:
+    """config.json and the tokenizer's and generation's files: those the checkpoint came with, or made for it."""
+    found = find_tokenizer(folder)
+    home = found.parent if found else folder.parents[1]
+    texts = {name: (home / name).read_text() for name in SMALL_FILES if (home / name).is_file()}
+    ids = {name: published[name] for name in IDS if name in published}
+    if found:
+        tokenizer = Tokenizer.load(found)
+        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos} | ids
+        names = {token["id"]: token["content"] for token in json.loads(texts[TOKENIZER])["added_tokens"]}
+        special = {"bos_token": names[tokenizer.bos], "eos_token": names[tokenizer.eos]}
+        described = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "pad_token": special["eos_token"]}
+        texts.setdefault("tokenizer_config.json", _text(described | {"model_max_length": config.max_length}))
+    texts.setdefault("generation_config.json", _text({"_from_model_config": True, **ids}))
+    return {"config.json": _text(published_config(config, dtype, **ids))} | texts
+
+
+def _text(document: dict) -> str:
+    return json.dumps(document, indent=2) + "\n"
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _digest(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _fingerprint(folder: Folder) -> list:
+    """What changes when a file of the folder is put there anew."""
+    status = [(file.name, file.stat()) for file in folder.files()]
+    return [(name, status.st_size, status.st_mtime_ns) for name, status in status]
+
+
+def _check_empty(folder: pathlib.Path, journal: str) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FolderError(f"{folder} is a file; name a folder")
+    if folder.is_dir() and not (folder / journal).exists() and any(folder.iterdir()):
+        raise FolderError(f"{folder} is not empty, and nothing there was interrupted; choose another folder")
+
+
+def _open_journal(dst: pathlib.Path, identity: str) -> Journal:
+    _check_empty(dst, IMPORT_JOURNAL)
+    dst.mkdir(parents=True, exist_ok=True)
+    return Journal(dst / IMPORT_JOURNAL, identity)
+
+
+def _check_space(folder: pathlib.Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        gigabytes = f"{needed / 1e9:.2f} GB are still to be written, {free / 1e9:.2f} GB are free"
+        raise FolderError(f"{folder}: {gigabytes}; make room and run it again, or choose another disk")

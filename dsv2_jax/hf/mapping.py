@@ -1,0 +1,176 @@
+"""The released tensors and ours: one table, read in both directions.
+
+Released matrices are [out, in], ours [in, out] with heads on an axis of their own: every layout change is a transpose
+and a reshape. Both keep rotary pairs interleaved, (x0, x1), (x2, x3), ..., and both hold [q_C; q_R]
+and [k_C; v_C] head by head: no row changes its place.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsv2_jax.config import ConfigError, MLAConfig, ModelConfig
+from dsv2_jax.hf.safetensors import SCALE
+
+DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
+EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
+BLOCK = 128  # rows and columns that are transposed at once
+FUSED_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def transpose(matrix: np.ndarray) -> np.ndarray:
+    """A contiguous copy of `matrix.T`, block by block: NumPy's own walks through memory and is many times slower."""
+    source = matrix.view(f"uint{8 * matrix.itemsize}")  # NumPy has no fast loops for bfloat16
+    result = np.empty(source.shape[::-1], source.dtype)
+    for row, column in itertools.product(*(range(0, size, BLOCK) for size in source.shape)):
+        part = slice(row, row + BLOCK), slice(column, column + BLOCK)
+        result[part[::-1]] = source[part].T
+    return result.view(matrix.dtype)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One released tensor and its place: `target` names an array of `checkpoint.to_dict(model)`, stacked as scanned."""
+
+    source: str  # key in the released folder
+    target: tuple[str, ...]
+    index: tuple[int, ...]  # along the leading axes of the target: MoE layer, then expert; () for the whole array
+    axes: tuple[tuple[int, ...], ...]  # of target[index]; a group (heads, width) is one axis as released
+    transposed: bool  # released as [out, in], ours [in, out]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As released."""
+        widths = tuple(math.prod(group) for group in self.axes)
+        return widths[::-1] if self.transposed else widths
+
+    @property
+    def our_shape(self) -> tuple[int, ...]:
+        """Of `target[index]`."""
+        return sum(self.axes, ())
+
+    def to_ours(self, published: np.ndarray) -> np.ndarray:
+        """A view of shape `our_shape` of an array of shape `shape`."""
+        return (published.T if self.transposed else published).reshape(self.our_shape)
+
+    def to_published(self, ours: np.ndarray) -> np.ndarray:
+        """A view of shape `shape` of a contiguous array of shape `our_shape`."""
+        return ours.reshape(self.shape[::-1]).T if self.transposed else ours.reshape(self.shape)
+
+    def read(self, read, index: tuple[slice, ...]) -> np.ndarray:
+        """`target[self.index][index]` through `read(key, slices)` of the released folder.
+
+        Nothing is read that is not asked for, but that of a group whole heads are read.
+        """
+        parts = iter(range(size)[part] for size, part in zip(self.our_shape, index, strict=True))
+        published, shape, inside = [], [], []
+        for _, *inner in self.axes:
+            first, width = next(parts), math.prod(inner)
+            published.append(slice(first.start * width, first.stop * width))
+            shape += [len(first), *inner]
+            inside += [slice(None), *(slice(part.start, part.stop) for part in itertools.islice(parts, len(inner)))]
+        values = read(self.source, tuple(published[::-1] if self.transposed else published))
+        return (transpose(values) if self.transposed else values).reshape(shape)[tuple(inside)]
+
+
+def table(config: ModelConfig, tied: bool = False) -> list[Entry]:
+    """Every released tensor of a model, in the order of its layers.
+
+    `tied`: the folder has no output matrix, the embedding is read for it again (our model's are two arrays).
+    Raises `ConfigError` for an attention that DeepSeek-V2 folders cannot hold.
+    """
+    if not isinstance(config.attention, MLAConfig):
+        raise ConfigError(f"attention.kind={config.attention.kind!r}: a released DeepSeek-V2 folder holds 'mla' only")
+    entries = [_plain(EMBEDDING, ("embed",), (), config.vocab_size, config.dim)]
+    for layer in range(config.layers):
+        entries += _layer(config, layer)
+    entries.append(_plain("model.norm.weight", ("final_norm", "scale"), (), config.dim))
+    unembedding = EMBEDDING if tied else UNEMBEDDING
+    return [*entries, _matrix(unembedding, ("unembed",), (), (config.dim,), (config.vocab_size,))]
+
+
+def _plain(source: str, target: tuple[str, ...], index: tuple[int, ...], *sizes: int) -> Entry:
+    return Entry(source, target, index, tuple((size,) for size in sizes), transposed=False)
+
+
+def _matrix(source: str, target: tuple[str, ...], index: tuple[int, ...], inputs: tuple, outputs: tuple) -> Entry:
+    return Entry(source, target, index, (inputs, outputs), transposed=True)
+
+
+def _layer(config: ModelConfig, layer: int) -> list[Entry]:
+    dense = layer < config.dense_layers
+    block = ("dense_blocks", str(layer)) if dense else ("moe_blocks",)
+    at = () if dense else (layer - config.dense_layers,)
+    attention, D = config.attention, (config.dim,)
+    N, R, P = attention.heads, attention.kv_latent, attention.rope_dim
+    query = (attention.q_latent or config.dim,)
+
+    def plain(source: str, target: str, size: int) -> Entry:
+        return _plain(f"model.layers.{layer}.{source}.weight", (*block, *target.split(".")), at, size)
+
+    def matrix(source: str, target: str, inputs: tuple, outputs: tuple, *expert: int) -> Entry:
+        key = f"model.layers.{layer}.{source}.weight"
+        return _matrix(key, (*block, *target.split(".")), (*at, *expert), inputs, outputs)
+
+    def swiglu(source: str, target: str, width: int, *expert: int) -> list[Entry]:
+        return [
+            matrix(f"{source}.gate_proj", f"{target}.gate", D, (width,), *expert),
+            matrix(f"{source}.up_proj", f"{target}.up", D, (width,), *expert),
+            matrix(f"{source}.down_proj", f"{target}.down", (width,), D, *expert),
+        ]
+
+    entries = [plain("input_layernorm", "attention_norm.scale", config.dim)]
+    if attention.q_latent:
+        entries.append(matrix("self_attn.q_a_proj", "attention.w_dq", D, query))
+        entries.append(plain("self_attn.q_a_layernorm", "attention.q_norm.scale", attention.q_latent))
+    q_proj = "self_attn.q_b_proj" if attention.q_latent else "self_attn.q_proj"
+    entries += [
+        matrix(q_proj, "attention.w_q", query, (N, attention.qk_dim)),
+        matrix("self_attn.kv_a_proj_with_mqa", "attention.w_dkv", D, (R + P,)),
+        plain("self_attn.kv_a_layernorm", "attention.kv_norm.scale", R),
+        matrix("self_attn.kv_b_proj", "attention.w_ukv", (R,), (N, attention.nope_dim + attention.value_dim)),
+        matrix("self_attn.o_proj", "attention.w_o", (N, attention.value_dim), D),
+        plain("post_attention_layernorm", "ffn_norm.scale", config.dim),
+    ]
+    if dense:
+        return entries + swiglu("mlp", "ffn", config.dense_width)
+    moe = config.moe
+    entries.append(matrix("mlp.gate", "ffn.centroids", D, (moe.routed_experts,)))
+    for expert in range(moe.routed_experts):
+        entries += swiglu(f"mlp.experts.{expert}", "ffn", moe.expert_width, expert)
+    if moe.shared_experts:
+        entries += swiglu("mlp.shared_experts", "ffn.shared", moe.shared_experts * moe.expert_width)
+    return entries
+
+
+def check(config: ModelConfig, folder, tied: bool = False) -> list[str]:
+    """What keeps `folder` (see `safetensors.Folder`) from being a model of `config`: a line each, none if nothing does.
+
+    Rotary tables (`rotary_emb.inv_freq`), which some exporters write though they follow from the configuration, and
+    FP8 block scales beside their weights are no extra keys.
+    """
+    shapes = {entry.source: entry.shape for entry in table(config, tied)}
+    present = set(folder.keys())
+    problems = [f"{key}: is missing" for key in shapes if key not in present]
+    for key, shape in shapes.items():
+        if key not in present:
+            continue
+        if tuple(folder.shape(key)) != shape:
+            problems.append(f"{key}: has shape {list(folder.shape(key))}, config.json says {list(shape)}")
+        if str(folder.dtype(key)) not in DTYPES:
+            problems.append(f"{key}: has dtype {folder.dtype(key)}; it must be one of {', '.join(DTYPES)}")
+    return problems + [_extra(key, tied) for key in sorted(present - shapes.keys()) if not _belongs(key, shapes)]
+
+
+def _belongs(key: str, shapes: dict) -> bool:
+    return key.endswith("rotary_emb.inv_freq") or (key.endswith(SCALE) and key.removesuffix(SCALE) in shapes)
+
+
+def _extra(key: str, tied: bool) -> str:
+    if tied and key == UNEMBEDDING:
+        return f"{key}: is there, but config.json says tie_word_embeddings=true; set it to false to use this matrix"
+    if key.endswith(FUSED_EXPERTS):
+        return f"{key}: experts are fused; save the model with transformers' save_pretrained, which writes them apart"
+    return f"{key}: belongs to no parameter of this model"

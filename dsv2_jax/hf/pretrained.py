@@ -1,0 +1,226 @@
+"""Opening a model, ready to compute: a folder as released, a model on the Hugging Face Hub, or a checkpoint of ours."""
+
+import functools
+import pathlib
+import re
+from collections.abc import Iterator
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsv2_jax import checkpoint, config_io
+from dsv2_jax.config import DTYPES, ConfigError, ModelConfig, check
+from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.hf import mapping
+from dsv2_jax.hf.config import is_tied, model_config, read_json
+from dsv2_jax.hf.safetensors import INDEX, SINGLE, Folder, FolderError
+from dsv2_jax.model.transformer import Transformer
+
+PUBLISHED_FILES = ("config.json", SINGLE, INDEX, "model-*.safetensors", "tokenizer*.json", "generation_config.json")
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
+TOKENIZER = "tokenizer.json"
+
+
+def from_pretrained(
+    path_or_hub_id: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str | None = None
+) -> tuple[Transformer, Tokenizer | None]:
+    """The model of a folder as released, of an id on the Hugging Face Hub, or of a run's folder, and its tokenizer.
+
+        model, tokenizer = dsv2_jax.from_pretrained("deepseek-ai/DeepSeek-V2-Lite")
+        tokens_BT = jnp.array([[tokenizer.bos, *tokenizer.encode("What is a transformer?")]])
+        logits_BTV = jax.jit(dsv2_jax.Transformer.__call__)(model, tokens_BT)  # float32; model(tokens_BT), compiled
+
+    The MoE layers come as a list (see `Transformer.unstacked`), with which generation is fastest; to train, open a run
+    (`dsv2_jax.pretrain`). Norms and the router stay in float32, the other matrices are held in `dtype`, a tensor at a
+    time on its way from the folder. Without a tokenizer.json the tokenizer is None.
+
+    Args:
+      mesh: devices over which the parameters are split by their logical axes; each receives only its slice. None: one.
+      dtype: "bfloat16" or "float32", of the weights and the computation. None: as config.json states it, which is how
+        the weights are stored and were trained (bfloat16, as released; float32 for float16, whose fractions bfloat16
+        cannot hold); for a run, as in training.
+
+    Raises `ConfigError` where there is no such model or it is one we do not implement, `FolderError` and
+    `CheckpointError` where its files are damaged or do not fit.
+    """
+    check(dtype is None or dtype in DTYPES, "dtype", dtype, f"be one of {', '.join(DTYPES)}, or None")
+    folder = local_folder(path_or_hub_id)
+    if folder is not None and ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
+        return _load_published(folder, mesh, dtype), _load_tokenizer(folder / TOKENIZER)
+    if folder is not None and (folder / "config.json").is_file() and not _has_checkpoint(folder):
+        raise FolderError(f"{folder}: has a config.json, but neither {SINGLE} nor {INDEX}; download the folder whole")
+    return _load_checkpoint(path_or_hub_id, mesh, dtype), _load_tokenizer(find_tokenizer(path_or_hub_id))
+
+
+def find_tokenizer(path: str | pathlib.Path) -> pathlib.Path | None:
+    """The tokenizer.json of the run, whose folder is at most two above a checkpoint: there, or in its prepared data."""
+    here = pathlib.Path(path).absolute()
+    for folder in (here, *here.parents[:2]):
+        for file in (folder / TOKENIZER, folder / "data" / TOKENIZER):
+            if file.is_file():
+                return file
+    return None
+
+
+def _load_tokenizer(file: pathlib.Path | None) -> Tokenizer | None:
+    return Tokenizer.load(file) if file is not None and file.is_file() else None
+
+
+def local_folder(path_or_hub_id: str | pathlib.Path) -> pathlib.Path | None:
+    """The folder, downloaded if need be; None for a path that only our checkpoints can have (gs://...)."""
+    name = str(path_or_hub_id)
+    if "://" in name:
+        return None
+    if pathlib.Path(name).is_dir():
+        return pathlib.Path(name)
+    if not HUB_ID.fullmatch(name):
+        raise ConfigError(f"{name}: there is no such folder, and the Hugging Face Hub has no such names")
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(PUBLISHED_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{name}: there is no such folder, nor can it be had from the Hugging Face Hub: {reason}"
+        ) from None
+
+
+# --- as released -----------------------------------------------------------------------------------------------------
+
+
+def _load_published(path: pathlib.Path, mesh: Mesh | None, dtype: str | None) -> Transformer:
+    json, origin = read_json(path / "config.json"), str(path / "config.json")
+    config, tied = model_config(json, origin), is_tied(json, origin)
+    folder = Folder(path)
+    if problems := mapping.check(config, folder, tied):
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        lines = "".join(f"\n  {problem}" for problem in problems[:8])
+        raise FolderError(f"{path}: does not hold the model that its config.json describes:{lines}{more}")
+    places: dict[tuple[str, ...], list[mapping.Entry]] = {}
+    for entry in mapping.table(config, tied):
+        names, _ = _unstacked_place(entry.target, entry.index)
+        places.setdefault(names, []).append(entry)
+    abstract = _with_shardings(_abstract(config, dtype), mesh)
+    # One at a time: copies to devices are asynchronous, and keep their source.
+    arrays = {names: jax.block_until_ready(_array(leaf, folder, places[names])) for names, leaf in _leaves(abstract)}
+    return _filled(abstract, arrays)
+
+
+def _unstacked_place(target: tuple[str, ...], index: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Where a place in the stacked MoE blocks lies in a list of them; other places stay."""
+    if target[0] != "moe_blocks":
+        return target, index
+    return (target[0], str(index[0]), *target[1:]), index[1:]
+
+
+def _array(leaf: jax.ShapeDtypeStruct, folder: Folder, entries: list[mapping.Entry]) -> jax.Array:
+    """One parameter, read slice by slice; the copies of a slice that several devices hold are read once."""
+
+    @functools.cache
+    def read(*bounds: tuple[int, int]) -> np.ndarray:
+        values = np.empty([last - first for first, last in bounds], leaf.dtype)
+        for entry in entries:
+            _, place = _unstacked_place(entry.target, entry.index)  # () or (expert,)
+            leading, rest = bounds[: len(place)], tuple(slice(*pair) for pair in bounds[len(place) :])
+            if all(first <= i < last for i, (first, last) in zip(place, leading, strict=True)):
+                at = tuple(i - first for i, (first, _) in zip(place, leading, strict=True))
+                values[at] = entry.read(folder.read, rest)
+        return values
+
+    def slice_of(index: tuple[slice, ...]) -> np.ndarray:
+        return read(*(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)))
+
+    if leaf.sharding is None:
+        return jnp.asarray(slice_of((slice(None),) * len(leaf.shape)))
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, slice_of)
+
+
+# --- a checkpoint of ours --------------------------------------------------------------------------------------------
+
+
+def _has_checkpoint(path) -> bool:
+    try:
+        checkpoint.locate(path)
+    except checkpoint.CheckpointError:
+        return False
+    return True
+
+
+def _load_checkpoint(path, mesh: Mesh | None, dtype: str | None) -> Transformer:
+    """Restored stacked, as it is stored, then taken apart array by array: the model is never there twice."""
+    config = config_io.parse(ModelConfig, checkpoint.load_config(path).get("model"), "model")
+    abstract = _abstract(config, dtype)
+    dtypes = {names: leaf.dtype for names, leaf in _leaves(abstract)}
+    stacked = _with_shardings(jax.eval_shape(functools.partial(Transformer, config), jax.random.key(0)), mesh)
+    layers = range(config.moe_layers)
+
+    def places(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+        return [_unstacked_place(names, (layer,))[0] for layer in layers] if names[0] == "moe_blocks" else [names]
+
+    cast = {
+        names: jax.ShapeDtypeStruct(leaf.shape, dtypes[places(names)[0]], sharding=leaf.sharding)
+        for names, leaf in _leaves(stacked)
+    }
+    restored = checkpoint.restore_params(path, _filled(stacked, cast))
+    arrays = {}
+    for names, leaf in _leaves(restored):
+        if names[0] != "moe_blocks":
+            arrays[names] = leaf
+            continue
+        arrays |= {place: leaf[layer] for layer, place in zip(layers, places(names), strict=True)}
+        jax.block_until_ready([arrays[place] for place in places(names)])
+        leaf.delete()
+    return _filled(abstract, arrays)
+
+
+# --- abstract models -------------------------------------------------------------------------------------------------
+
+
+def _abstract(config: ModelConfig, dtype: str | None) -> Transformer:
+    """The unstacked model with `jax.ShapeDtypeStruct` in place of every array."""
+
+    def make(key):
+        return Transformer(config, key).unstacked(dtype)
+
+    return jax.eval_shape(make, jax.random.key(0))
+
+
+def _leaves(tree) -> Iterator[tuple[tuple[str, ...], jax.Array | jax.ShapeDtypeStruct]]:
+    """Every array of a tree with its names, as `checkpoint.to_dict` nests them."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.to_dict(tree)):
+        yield tuple(key.key for key in path), leaf
+
+
+def _filled(like, arrays: dict[tuple[str, ...], object]):
+    """A tree of the structure of `like` with these arrays, by name."""
+    named = jax.tree_util.tree_map_with_path(
+        lambda path, _: arrays[tuple(key.key for key in path)], checkpoint.to_dict(like)
+    )
+    return checkpoint.from_dict(like, named)
+
+
+# Of a parameter's logical axes, those that are split, and the mesh axis each is split over.
+SPLIT = {"expert": "expert", "embed": "fsdp", **dict.fromkeys(("heads", "mlp", "expert_mlp", "vocab"), "tensor")}
+
+
+def _with_shardings(abstract: Transformer, mesh: Mesh | None) -> Transformer:
+    """An abstract model whose arrays say where on the mesh they lie."""
+    if mesh is None:
+        return abstract
+
+    def place(leaf):
+        array, axes = jax.tree.leaves(leaf)[0], leaf.get_metadata("axes")
+        stacked = (None,) * (array.ndim - len(axes))
+        names = [SPLIT.get(axis) if len(axes) > 1 else None for axis in axes]
+        spec = [
+            name if name in mesh.shape and size % mesh.shape[name] == 0 else None
+            for name, size in zip(names, array.shape[len(stacked) :], strict=True)
+        ]
+        sharding = NamedSharding(mesh, PartitionSpec(*stacked, *spec))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), leaf)
+
+    return jax.tree.map(place, abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))

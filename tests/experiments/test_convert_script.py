@@ -1,0 +1,154 @@
+import importlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import huggingface_hub
+import ml_dtypes
+import published
+import pytest
+
+import common
+from dsv2_jax import checkpoint
+from dsv2_jax.checkpoint import CheckpointError
+from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.hf.safetensors import Folder
+
+SCRIPT = pathlib.Path(common.__file__).parent / "convert.py"
+
+
+@pytest.fixture(scope="module")
+def src(tmp_path_factory):
+    values = {name: value.astype(ml_dtypes.bfloat16) for name, value in published.weights(published.LITE).items()}
+    folder = published.write_folder(tmp_path_factory.mktemp("published") / "lite", published.LITE, values)
+    Tokenizer.train(["some text\n"] * 3, 260).save(folder / "tokenizer.json")
+    return folder
+
+
+def run(monkeypatch, *argv) -> int:
+    """The exit code of the script, run in this process."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, argv)])
+    monkeypatch.setattr(common, "keep_memory", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        common.run(importlib.import_module("convert").main)
+    return ended.value.code or 0
+
+
+def test_there_and_back(src, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "import", src, tmp_path / "ours") == 0
+    shown = capsys.readouterr().err
+    assert "import: 100%" in shown
+    assert "B/s" in shown
+    assert run(monkeypatch, "export", tmp_path / "ours", tmp_path / "back", "--shard-size=40KB") == 0
+    one, two = Folder(src), Folder(tmp_path / "back")
+    assert all(one.read(key).tobytes() == two.read(key).tobytes() for key in one.keys())  # noqa: SIM118
+    assert len(two.files()) > 3
+    assert run(monkeypatch, "export", tmp_path / "ours", tmp_path / "wide", "--dtype=float32") == 0
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_what_is_imported_generates(src, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "import", src, tmp_path / "ours") == 0
+    flags = [f"--checkpoint={tmp_path / 'ours'}", "--prompt=so", "--max_new_tokens=4", "--temperature=0", "--json"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
+    capsys.readouterr()
+    assert importlib.import_module("generate").run() == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "so"
+
+
+def test_a_hub_id_is_downloaded_first(src, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, **_):
+        asked.append(name)
+        return str(src)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert run(monkeypatch, "import", "deepseek-ai/DeepSeek-V2-Lite", tmp_path / "ours") == 0
+    assert asked == ["deepseek-ai/DeepSeek-V2-Lite"]
+    assert checkpoint.load_config(tmp_path / "ours")["published"] == published.LITE
+
+
+def test_a_dry_run_prints_and_writes_nothing(src, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "import", src, tmp_path / "ours", "--dry-run") == 0
+    assert "model.embed_tokens.weight -> embed  [112, 48]\n" in capsys.readouterr().out
+    shutil.copytree(src, tmp_path / "wrong")
+    config = published.LITE | {"num_hidden_layers": 4}
+    (tmp_path / "wrong" / "config.json").write_text(json.dumps(config))
+    assert run(monkeypatch, "import", tmp_path / "wrong", tmp_path / "ours", "--dry-run") == 2
+    shown = capsys.readouterr()
+    assert "model.layers.3.input_layernorm.weight -> moe_blocks.attention_norm.scale[2]" in shown.out
+    assert "model.layers.3.input_layernorm.weight: is missing" in shown.err
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["import", "{src}", "{full}"], ["full is not empty"]),
+        (["import", "{full}", "{new}"], ["config.json"]),
+        (["import", "no/such/folder", "{new}"], ["no/such/folder"]),
+        (["export", "{full}", "{new}"], ["no checkpoint here"]),
+        (["export", "{none}", "{new}"], ["there is no such folder"]),
+        (["export", "{src}", "{new}", "--shard-size=5"], ["--shard-size=5", "such as 5GB"]),
+        (["export", "{src}", "{new}", "--shard-size=0GB"], ["--shard-size=0GB"]),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(src, tmp_path, monkeypatch, capsys, argv, named):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    places = {"src": src, "full": tmp_path / "full", "new": tmp_path / "new", "none": tmp_path / "none"}
+    assert run(monkeypatch, *(word.format(**places) for word in argv)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("convert.py: error: ")
+    assert all(name in error for name in named), error
+    assert not (tmp_path / "new").exists()
+
+
+def start(*argv, **options) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, argv)], env=environment, text=True, **options)
+
+
+def test_help_shows_examples_of_both_commands():
+    for command in ([], ["import"], ["export"]):
+        process = start(*command, "--help", stdout=subprocess.PIPE)
+        shown = process.communicate()[0]
+        assert process.returncode == 0
+        assert "convert.py import deepseek-ai/DeepSeek-V2-Lite" in shown
+        assert "convert.py export runs/mine" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_import_goes_on(tmp_path, signal_number):
+    config = published.LITE | {"moe_intermediate_size": 4000, "vocab_size": 30_000}
+    values = {name: value.astype(ml_dtypes.bfloat16) for name, value in published.weights(config).items()}
+    src = published.write_folder(tmp_path / "src", config, values)
+    ours, stopped = tmp_path / "ours", 0
+    while True:
+        process = start("import", src, ours, stderr=subprocess.PIPE)
+        seen = 0
+        while process.poll() is None and seen < 5 * (stopped + 1) and stopped < 3:
+            journal = ours / "import.journal"
+            seen = journal.read_text().count('"entry"') if journal.exists() else 0
+            time.sleep(0.005)
+        if process.poll() is None and stopped < 3:
+            process.send_signal(signal_number)
+        process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == (-9 if signal_number == signal.SIGKILL else 130)
+        stopped += 1
+        with pytest.raises(CheckpointError, match="no checkpoint here"):
+            checkpoint.load_config(ours)
+    assert stopped == 3
+    process = start("export", ours, tmp_path / "back")
+    assert process.wait() == 0
+    back = Folder(tmp_path / "back")
+    assert all(back.read(name).tobytes() == value.tobytes() for name, value in values.items())

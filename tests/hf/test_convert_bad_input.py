@@ -1,0 +1,232 @@
+"""What is wrong is named, with the file and the key, and nothing half-written is accepted afterwards."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+
+import ml_dtypes
+import numpy as np
+import published
+import pytest
+
+from dsv2_jax import checkpoint
+from dsv2_jax.checkpoint import CheckpointError
+from dsv2_jax.config import ConfigError
+from dsv2_jax.hf import convert
+from dsv2_jax.hf.safetensors import INDEX, Folder, FolderError
+
+SHARD = "model-00001-of-00002.safetensors"
+EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
+
+
+def tensors() -> dict[str, np.ndarray]:
+    return {name: value.astype(ml_dtypes.bfloat16) for name, value in published.weights(published.V2).items()}
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory):
+    return published.write_folder(tmp_path_factory.mktemp("intact") / "src", published.V2, tensors())
+
+
+@pytest.fixture(scope="module")
+def imported(intact):
+    convert.import_folder(intact, intact.parent / "ours")
+    return intact.parent / "ours"
+
+
+@pytest.fixture
+def src(intact, tmp_path):
+    shutil.copytree(intact, tmp_path / "src")
+    return tmp_path / "src"
+
+
+def edit_config(src, **changes):
+    config = json.loads((src / "config.json").read_text()) | changes
+    (src / "config.json").write_text(json.dumps(config))
+
+
+def edit_index(src, key, name):
+    index = json.loads((src / INDEX).read_text())
+    index["weight_map"][key] = name
+    (src / INDEX).write_text(json.dumps(index))
+
+
+def edit_header(src, edit):
+    """Change the header of the first shard, its length kept."""
+    data = (src / SHARD).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    (src / SHARD).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def edit_tensors(src, **changes):
+    """The folder written again with other tensors; None leaves one out."""
+    values = tensors() | changes
+    for path in src.glob("model*"):
+        path.unlink()
+    published.write_folder(src, published.V2, {name: value for name, value in values.items() if value is not None})
+
+
+def first_key(src) -> str:
+    return next(key for key, name in json.loads((src / INDEX).read_text())["weight_map"].items() if name == SHARD)
+
+
+def flip(src, byte: int):
+    data = bytearray((src / SHARD).read_bytes())
+    data[byte] ^= 0x40
+    (src / SHARD).write_bytes(data)
+
+
+def make_infinite(src):
+    values = tensors()[EXPERT]
+    values[3, 4] = np.inf
+    edit_tensors(src, **{EXPERT: values})
+
+
+def shift_offsets(header):
+    entry = next(iter(value for key, value in header.items() if key != "__metadata__"))
+    entry["data_offsets"] = [offset + 8 for offset in entry["data_offsets"]]
+
+
+DAMAGE = {
+    "truncated": (lambda src: os.truncate(src / SHARD, 50_000), [SHARD, "the file at 50000"]),
+    "cut in its header": (lambda src: os.truncate(src / SHARD, 100), [SHARD, "header would be"]),
+    "empty shard": (lambda src: os.truncate(src / SHARD, 0), [SHARD, "the file has 0"]),
+    "a bit of the header": (lambda src: flip(src, 20), [SHARD]),
+    "a bit of the header's length": (lambda src: flip(src, 5), [SHARD, "header would be"]),
+    "offsets that overlap": (lambda src: edit_header(src, shift_offsets), [SHARD, "begins at byte"]),
+    "a missing shard": (lambda src: (src / SHARD).unlink(), [INDEX, SHARD, "is missing; download it"]),
+    "no weights": (lambda src: [p.unlink() for p in src.glob("model*")], ["neither model.safetensors nor", INDEX]),
+    "a path out of the folder": (
+        lambda src: edit_index(src, EXPERT, "../x"),
+        [INDEX, "'../x'", "no file of this folder"],
+    ),
+    "an absolute path": (lambda src: edit_index(src, EXPERT, "/etc/passwd"), [INDEX, "no file of this folder"]),
+    "a key in another shard": (
+        lambda src: edit_index(src, first_key(src), "model-00002-of-00002.safetensors"),
+        [SHARD],
+    ),
+    "a missing key": (lambda src: edit_tensors(src, **{EXPERT: None}), [EXPERT, "is missing"]),
+    "an extra key": (lambda src: edit_tensors(src, more=np.zeros(3, np.float32)), ["more: belongs to no parameter"]),
+    "a wrong shape": (
+        lambda src: edit_tensors(src, **{EXPERT: np.zeros((48, 14), np.float32)}),
+        [EXPERT, "[48, 14]", "[14, 48]"],
+    ),
+    "a wrong type": (
+        lambda src: edit_tensors(src, **{EXPERT: np.zeros((14, 48), np.int32)}),
+        [EXPERT, "int32", "bfloat16"],
+    ),
+    "an infinite weight": (make_infinite, [EXPERT, "not finite", "download"]),
+    "no config.json": (lambda src: (src / "config.json").unlink(), ["config.json"]),
+    "config.json cut": (lambda src: (src / "config.json").write_text('{"a": '), ["config.json"]),
+    "another architecture": (lambda src: edit_config(src, model_type="llama"), ["config.json", "model_type='llama'"]),
+    "an unknown field": (lambda src: edit_config(src, swiglu_limit=7.0), ["config.json", "swiglu_limit=7.0"]),
+    "another width": (
+        lambda src: edit_config(src, hidden_size=50),
+        ["model.embed_tokens.weight", "[112, 48]", "[112, 50]"],
+    ),
+    "a layer more": (lambda src: edit_config(src, num_hidden_layers=4), ["model.layers.3", "is missing"]),
+    "tokenizer.json cut": (
+        lambda src: (src / "tokenizer.json").write_text('{"model": '),
+        ["tokenizer.json", "not a readable"],
+    ),
+    "tokenizer.json of another kind": (lambda src: (src / "tokenizer.json").write_text("{}"), ["tokenizer.json"]),
+}
+
+
+def assert_nothing_loads(folder):
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        checkpoint.load_config(folder)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_wrong_published_folder(src, tmp_path, damage):
+    harm, named = DAMAGE[damage]
+    harm(src)
+    with pytest.raises((FolderError, ConfigError)) as caught:
+        convert.import_folder(src, tmp_path / "ours")
+    assert all(name in str(caught.value) for name in named), str(caught.value)
+    assert_nothing_loads(tmp_path / "ours")
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int):
+    """As a full disk: a write beyond `size` bytes of a file fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [20, 3_000, 30_000])
+def test_a_disk_that_fills_up_while_importing(intact, tmp_path, size):
+    with file_size_limit(size), pytest.raises(FolderError, match=r"cannot be written.* once it can be, run it again"):
+        convert.import_folder(intact, tmp_path / "ours")
+    assert_nothing_loads(tmp_path / "ours")
+    convert.import_folder(intact, tmp_path / "ours")
+    assert checkpoint.load_config(tmp_path / "ours")["published"] == published.V2
+
+
+@pytest.mark.parametrize("size", [20, 3_000, 50_000])
+def test_a_disk_that_fills_up_while_exporting(imported, tmp_path, size):
+    with file_size_limit(size), pytest.raises(FolderError, match=r"cannot be written \(File too large\)"):
+        convert.export_folder(imported, tmp_path / "out", shard_bytes=60_000)
+    with pytest.raises(FolderError, match="neither"):
+        Folder(tmp_path / "out")
+    convert.export_folder(imported, tmp_path / "out", shard_bytes=60_000)
+    assert len(Folder(tmp_path / "out").keys()) == len(tensors())
+
+
+def test_a_disk_that_is_too_small_is_an_error_at_once(intact, imported, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    message = r"0\.\d\d GB are still to be written, 0.00 GB are free; make room"
+    for start, source in (convert.import_folder, intact), (convert.export_folder, imported):
+        with pytest.raises(FolderError, match=message):
+            start(source, tmp_path / start.__name__)
+        assert not list((tmp_path / start.__name__).rglob("*.safetensors*"))
+    assert_nothing_loads(tmp_path / "import_folder")
+
+
+def test_folders_that_hold_something_else(intact, imported, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for start, source in (convert.import_folder, intact), (convert.export_folder, imported):
+        with pytest.raises(FolderError, match="full is not empty, and nothing there was interrupted; choose another"):
+            start(source, tmp_path / "full")
+        with pytest.raises(FolderError, match="file is a file; name a folder"):
+            start(source, tmp_path / "file")
+    assert (tmp_path / "full" / "config.json").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written(intact, imported):
+    for start, source in (convert.import_folder, intact), (convert.export_folder, imported):
+        with pytest.raises(FolderError, match=r"/proc/no.*cannot be written"):
+            start(source, "/proc/no/such/place")
+
+
+def test_a_damaged_checkpoint_is_named(imported, tmp_path):
+    folder = tmp_path / "ours"
+    shutil.copytree(imported, folder)
+    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"checkpoints/0"):
+        convert.export_folder(folder, tmp_path / "out")
+    with pytest.raises(FolderError, match="neither"):
+        Folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float8"}, {"shard_bytes": 0}])
+def test_options_that_make_no_sense(imported, tmp_path, options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        convert.export_folder(imported, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,259 @@
+"""`from_pretrained`: every number where it belongs, each device its slice alone, and what is said where it cannot."""
+
+import json
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import published
+import pytest
+import small
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import filter_repo_objects
+from jax.sharding import Mesh
+
+from dsv2_jax import checkpoint, config_io
+from dsv2_jax.checkpoint import Checkpoints
+from dsv2_jax.config import ConfigError
+from dsv2_jax.data.tokenizer import Tokenizer
+from dsv2_jax.hf import mapping, pretrained
+from dsv2_jax.hf.pretrained import from_pretrained
+from dsv2_jax.hf.safetensors import Folder, FolderError
+from dsv2_jax.model.counting import abstract_model
+from dsv2_jax.model.transformer import Transformer
+
+TOKENS = jnp.arange(24).reshape(2, 12)
+
+
+@pytest.fixture(scope="module", params=["lite", "v2"])
+def released(request, tmp_path_factory):
+    """(folder, its tensors, its config.json) of a model in float32."""
+    config = published.CONFIGS[request.param] | {"torch_dtype": "float32", "initializer_range": 0.02}
+    tensors = published.weights(config)
+    return published.write_folder(tmp_path_factory.mktemp(request.param), config, tensors), tensors, config
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["What is a transformer? User: Assistant:"] * 3, 280)
+
+
+def make_mesh(**sizes) -> Mesh:
+    names = ("data", "fsdp", "expert", "tensor", "context")
+    shape = [sizes.get(name, 1) for name in names]
+    return Mesh(np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape), names)
+
+
+def assert_holds(model: Transformer, tensors: dict[str, np.ndarray], tied: bool = False) -> None:
+    leaves = {names: np.asarray(leaf) for names, leaf in pretrained._leaves(model)}
+    for entry in mapping.table(model.config, tied):
+        names, place = pretrained._unstacked_place(entry.target, entry.index)
+        ours, theirs = leaves[names][place], tensors[entry.source]
+        np.testing.assert_array_equal(entry.to_published(ours), theirs.astype(ours.dtype))
+
+
+def test_a_released_folder_number_by_number(released):
+    folder, tensors, _ = released
+    model, tokenizer = from_pretrained(folder)
+    assert tokenizer is None
+    assert not model.stacked
+    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
+    assert_holds(model, tensors)
+    assert model.config.compute.dtype == "float32"
+    logits_BTV = jax.eval_shape(model, TOKENS)
+    assert logits_BTV.dtype == jnp.float32
+    assert logits_BTV.shape == (2, 12, 112)
+
+
+def test_bfloat16_as_stored_and_what_stays_float32(released, tmp_path):
+    _, tensors, config = released
+    halves = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+    model, _ = from_pretrained(published.write_folder(tmp_path, config | {"torch_dtype": "bfloat16"}, halves))
+    assert model.config.compute.dtype == "bfloat16"
+    assert_holds(model, halves)
+    for names, leaf in pretrained._leaves(model):
+        exact = leaf.ndim == 1 or names[-1] == "centroids"
+        assert leaf.dtype == (jnp.float32 if exact else jnp.bfloat16), names
+    assert jax.eval_shape(model, TOKENS).dtype == jnp.float32
+
+
+def test_a_dtype_that_is_asked_for(released):
+    folder, tensors, _ = released
+    model, _ = from_pretrained(folder, dtype="bfloat16")
+    assert_holds(model, tensors)
+    assert model.config.compute.dtype == "bfloat16"
+    assert model.embed.dtype == jnp.bfloat16
+
+
+def test_tied_embeddings_are_read_for_the_output_matrix_too(tmp_path):
+    config = published.LITE | {"tie_word_embeddings": True, "torch_dtype": "float32"}
+    tensors = published.weights(config)
+    del tensors["lm_head.weight"]
+    model, _ = from_pretrained(published.write_folder(tmp_path, config, tensors))
+    np.testing.assert_array_equal(model.unembed[...], tensors["model.embed_tokens.weight"].T)
+    assert_holds(model, tensors, tied=True)
+
+
+# --- a mesh ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=2, expert=2, tensor=2), dict(expert=4), dict(data=4, fsdp=2)], ids=str)
+def test_each_device_receives_its_slice_and_nothing_is_read_twice(tmp_path, monkeypatch, sizes):
+    config = published.V2 | {"torch_dtype": "float32"}
+    tensors = published.weights(config)
+    folder, mesh = published.write_folder(tmp_path, config, tensors), make_mesh(**sizes)
+    reads: dict[str, list[int]] = {key: [] for key in tensors}
+    read = Folder.read
+
+    def counted(self, key, index=()):
+        values = read(self, key, index)
+        reads[key].append(values.size)
+        return values
+
+    monkeypatch.setattr(Folder, "read", counted)
+    model, _ = from_pretrained(folder, mesh=mesh)
+    leaves = dict(pretrained._leaves(model))
+    split = 0
+    for entry in mapping.table(model.config):
+        names, place = pretrained._unstacked_place(entry.target, entry.index)
+        leaf, whole = leaves[names], entry.to_ours(tensors[entry.source])
+        assert leaf.sharding.mesh == mesh
+        assert len(leaf.addressable_shards) == mesh.size
+        assert sum(reads[entry.source]) == whole.size  # every number once, though several devices may hold it
+        shares = {tuple(part.indices(n)[:2] for part, n in zip(s.index, leaf.shape)) for s in leaf.addressable_shards}
+        slices = {share[len(place) :] for share in shares}
+        assert len(reads[entry.source]) == len(slices)  # and slice by slice, never the whole for a part
+        split += len(slices) > 1
+        for shard in leaf.addressable_shards:
+            inside = list(range(leaf.shape[0])[shard.index[0]]) if place else []
+            if not place:
+                np.testing.assert_array_equal(shard.data, whole[shard.index])
+            elif place[0] in inside:
+                np.testing.assert_array_equal(shard.data[inside.index(place[0])], whole[shard.index[1:]])
+    experts = leaves["moe_blocks", "0", "ffn", "gate"]
+    assert experts.addressable_shards[0].data.shape[0] == 24 // sizes.get("expert", 1)
+    assert split or sizes == dict(expert=4)
+
+
+def test_logits_do_not_depend_on_the_mesh(released):
+    folder, _, _ = released
+    alone, _ = from_pretrained(folder)
+    spread, _ = from_pretrained(folder, mesh=make_mesh(fsdp=2, tensor=2))
+    forward = jax.jit(lambda model, tokens_BT: model(tokens_BT))
+    expected = np.asarray(forward(alone, TOKENS))
+    assert np.abs(np.asarray(forward(spread, TOKENS)) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+# --- our checkpoints -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer):
+    """(folder, model) of a training run."""
+    folder, rng = tmp_path_factory.mktemp("run"), np.random.default_rng(0)
+    model = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), abstract_model(small.MODEL)
+    )
+    checkpoints = Checkpoints(folder / "checkpoints")
+    config = {"model": config_io.to_dict(small.MODEL)}
+    checkpoints.save(3, params=model, training={"step": jnp.zeros(())}, iterator={}, config=config)
+    checkpoints.wait()
+    checkpoints.close()
+    (folder / "data").mkdir()
+    tokenizer.save(folder / "data" / "tokenizer.json")
+    return folder, model
+
+
+@pytest.mark.parametrize(("dtype", "mesh"), [(None, None), ("bfloat16", None), (None, dict(fsdp=2, expert=2))])
+def test_a_run_of_ours_is_taken_apart_array_by_array(run, monkeypatch, dtype, mesh):
+    folder, model = run
+    restored, restore = [], checkpoint.restore_params
+    monkeypatch.setattr(checkpoint, "restore_params", lambda *given: restored.append(restore(*given)) or restored[0])
+    loaded, tokenizer = from_pretrained(folder, dtype=dtype, mesh=mesh and make_mesh(**mesh))
+    expected = model.unstacked(dtype)
+    assert loaded.config == expected.config
+    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    assert tokenizer.encode("transformer") == Tokenizer.load(folder / "data" / "tokenizer.json").encode("transformer")
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(restored[0].moe_blocks))  # no second model stays
+    if mesh:
+        gate = loaded.moe_blocks[0].ffn.gate[...]
+        assert gate.addressable_shards[0].data.shape == (4, 10, 11)
+
+
+def test_one_checkpoint_of_a_run(run):
+    folder, model = run
+    loaded, tokenizer = from_pretrained(str(folder / "checkpoints" / "3"))
+    np.testing.assert_array_equal(loaded.embed[...], model.embed[...])
+    assert tokenizer is not None
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_id_is_downloaded_without_what_is_not_needed(released, monkeypatch, tokenizer):
+    folder, tensors, _ = released
+    asked = {}
+
+    def download(repo_id, *, allow_patterns):
+        asked.update(repo_id=repo_id, allow_patterns=allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    tokenizer.save(folder / "tokenizer.json")
+    model, loaded = from_pretrained("deepseek-ai/DeepSeek-V2-Lite")
+    (folder / "tokenizer.json").unlink()
+    assert asked["repo_id"] == "deepseek-ai/DeepSeek-V2-Lite"
+    wanted = {file.name for file in folder.iterdir()} | {"model.safetensors", "tokenizer.json"}
+    offered = {*wanted, "pytorch_model.bin", "modeling_deepseek.py", "README.md", "figures/benchmark.png"}
+    assert set(filter_repo_objects(offered, allow_patterns=asked["allow_patterns"])) == wanted
+    assert_holds(model, tensors)
+    assert (loaded.bos, loaded.eos) == (tokenizer.bos, tokenizer.eos)
+
+
+def test_a_hub_that_fails_is_one_line(monkeypatch):
+    def download(repo_id, *, allow_patterns):
+        raise HFValidationError("no such repository\nlong explanation")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ConfigError, match=r"^nobody/nothing: .*Hugging Face Hub: no such repository$"):
+        from_pretrained("nobody/nothing")
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_name_the_place_and_the_remedy(released, tmp_path):
+    folder, tensors, config = released
+    with pytest.raises(ConfigError, match=r"dtype='float16': must be one of float32, bfloat16"):
+        from_pretrained(folder, dtype="float16")
+    for path in ("no/such/folder", "../nothing"):
+        with pytest.raises(ConfigError, match=rf"{path}: there is no such folder"):
+            from_pretrained(path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint here"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FolderError, match=r"has a config.json, but neither model.safetensors nor"):
+        from_pretrained(tmp_path)
+    broken = published.write_folder(tmp_path / "broken", config, tensors)
+    (broken / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"broken/config.json: cannot be read as JSON"):
+        from_pretrained(broken)
+    (broken / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    with pytest.raises(ConfigError, match=r"broken/config.json: model_type='llama': must be 'deepseek_v2'"):
+        from_pretrained(broken)
+    (broken / "config.json").write_text(json.dumps(config | {"vocab_size": 113, "first_k_dense_replace": 0}))
+    with pytest.raises(FolderError, match=r"(?s)broken: does not hold the model .*layers.0.mlp.*\n  and \d+ more"):
+        from_pretrained(broken)
+
+
+def test_a_broken_tokenizer_is_an_error(tmp_path):
+    config = published.LITE | {"num_hidden_layers": 1}
+    folder = published.write_folder(tmp_path, config, published.weights(config))
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model"')
+    with pytest.raises(ConfigError, match=r"tokenizer.json: not a readable tokenizer.json"):
+        from_pretrained(folder)

@@ -108,6 +108,7 @@ def route(
         assignments=assignments,
         dropped=assignments - jnp.sum(load_E),
         sends=jnp.sum(groups_reached(expert_BTK, real_BT, config), dtype=jnp.float32),
+        crossed=jnp.float32(0),
         balance_3=jnp.sum(balance_losses(scores_BTE, expert_BTK, real_BT, config), axis=0),
         sequences=jnp.sum(jnp.any(real_BT, axis=1), dtype=jnp.float32),
     )

@@ -52,6 +52,7 @@ def _moe_scalars(moe: MoEStats, model: ModelConfig) -> dict[str, float]:
     row = {
         "dropped_share": moe.dropped.sum() / max(moe.assignments.sum(), 1),
         "sends_per_token": moe.sends.sum() / max(tokens, 1),
+        "crossed_per_token": moe.crossed.sum() / max(tokens, 1),
         "load/violation": violation(moe.load_E).mean(),
         "load/entropy": entropy(moe.load_E).mean(),
     }

@@ -21,6 +21,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
@@ -231,9 +232,17 @@ def gather(w: jax.Array, spec: PartitionSpec, kept: tuple[str, ...] = ()) -> jax
 
 
 def scatter(dw: jax.Array, spec: PartitionSpec, kept: tuple[str, ...] = ()) -> jax.Array:
-    """Inside a shard_map: the sum over devices of the gradients of what `gather` gave, each device its part of it."""
+    """Inside a shard_map: the sum over devices of the gradients of what `gather` gave, each device its part of it.
+
+    As an all-to-all and a local sum in float32: the bytes of a reduce-scatter in the dtype of `dw`, but no rounding on
+    the way. (For a reduce-scatter XLA compiles an all-reduce of twice the bytes for TPUs today.)
+    """
     for dimension, names in _moved(spec, kept):
-        dw = jax.lax.psum_scatter(dw, names, scatter_dimension=dimension, tiled=True)
+        parts = jax.lax.all_to_all(dw, names, split_axis=dimension, concat_axis=dimension, tiled=True)
+        size = parts.shape[dimension]
+        devices = jax.lax.psum(1, names)
+        parts = parts.reshape(*dw.shape[:dimension], devices, size // devices, *dw.shape[dimension + 1 :])
+        dw = jnp.sum(parts, axis=dimension, dtype=jnp.float32)
     return dw
 
 

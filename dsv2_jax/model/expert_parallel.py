@@ -8,7 +8,7 @@ arrived. A row is expanded to one row per expert in chunks, so that no buffer gr
 Forward and backward are one `shard_map` each, tied by a `custom_vjp`: the backward pass sends hidden states and
 cotangents, computes the experts' intermediate values again, and sends the hidden states' cotangents back. It keeps the
 inputs only: five rows a (token, device) cross in all. Gradients of the weights are added up in float32 over the rows
-of a device, and over devices in the compute dtype, as the weights were gathered.
+of a device and over devices; between devices they travel in the compute dtype, as the weights do.
 """
 
 import dataclasses
@@ -192,7 +192,7 @@ def _backward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters, dout_BTD, dx_s
     send, collect = setup.transport
     x_TD, routes, rows, rounds = _enter(setup, x_BTD, expert_BTK, gate_BTK)
     dout_TD = dout_BTD.reshape(x_TD.shape)
-    weights, scatter = jax.vjp(functools.partial(_gather, setup), tuple(w.astype(x_BTD.dtype) for w in masters))
+    weights = _gather(setup, tuple(w.astype(x_BTD.dtype) for w in masters))
 
     def send_both(this):
         return send(x_TD, this), send(dout_TD, this)
@@ -212,8 +212,10 @@ def _backward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters, dout_BTD, dx_s
     dgate_PTK, dweights = carry
     dx_BTD = dx_shared_BTD + jax.lax.psum(dx_TD.astype(x_BTD.dtype), "tensor").reshape(x_BTD.shape)
     dgate_TK = jax.lax.psum(exchange.gates_back(dgate_PTK), "tensor")
-    (dmasters,) = scatter(tuple(dw.astype(x_BTD.dtype) for dw in dweights))
-    dmasters = (_add_copies(dw, spec) for dw, spec in zip(dmasters, setup.stored, strict=True))
+    dmasters = (
+        _add_copies(sharding.scatter(dw.astype(x_BTD.dtype), spec, kept=("expert", "tensor")), spec)
+        for dw, spec in zip(dweights, setup.stored, strict=True)
+    )
     return dx_BTD, dgate_TK.reshape(gate_BTK.shape), tuple(d.astype(w.dtype) for d, w in zip(dmasters, masters))
 
 

@@ -54,8 +54,9 @@ def start_processes(arguments: argparse.Namespace) -> None:
     import jax
 
     place = (arguments.coordinator, arguments.processes, arguments.process)
+    times = {"heartbeat_timeout_seconds": arguments.heartbeat, "shutdown_timeout_seconds": arguments.heartbeat}
     try:
-        jax.distributed.initialize(*place, heartbeat_timeout_seconds=arguments.heartbeat)
+        jax.distributed.initialize(*place, **times)
     except (RuntimeError, ValueError) as error:
         sys.exit(f"{_script()}: error: the processes did not find each other: {str(error).splitlines()[0]}")
 
@@ -122,14 +123,34 @@ def _read_config(path: pathlib.Path) -> dict:
 
 def train(config: ExperimentConfig, workdir: str) -> dict:
     """`dsv2_jax.train.loop.train`; what ends a run early becomes one line and exit code 1."""
-    from dsv2_jax.checkpoint import CheckpointError  # imports JAX: only once the command line is known to be right
+    import jax  # only once the command line is known to be right
+
+    from dsv2_jax.checkpoint import CheckpointError
     from dsv2_jax.data.sources import DataError
     from dsv2_jax.train import loop
 
     try:
         return loop.train(config, workdir)
     except (CheckpointError, DataError, FileNotFoundError, loop.TrainingFailed) as error:
-        sys.exit(f"{_script()}: error: {error}")
+        _leave(f"{_script()}: error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        _leave(
+            f"{_script()}: error: process {jax.process_index()} stopped, as another has ended or cannot be reached "
+            f"({str(error).splitlines()[0][:200]}). Start all again: the run goes on from its last checkpoint."
+        )
+
+
+def _leave(message: str) -> None:
+    """Exit with code 1. One process of several does so at once: the way out through JAX waits for the others."""
+    import jax
+
+    if jax.process_count() == 1:
+        sys.exit(message)
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def use_compilation_cache() -> None:

@@ -116,7 +116,7 @@ def train(
 
         # The run. A step is dispatched before the metrics of the one before it are read, so the device never waits.
         batches = batch_schedule(settings)
-        train_step = make_train_step(config, mesh, placing.readers)
+        train_step = make_train_step(config, mesh, placing.run_rows)
         pending = None
         for step in range(start, settings.steps):
             if settings.profile and step == settings.profile.start:

@@ -26,6 +26,7 @@ class Placing:
     def __init__(self, mesh: Mesh | None, batch_size: int):
         """batch_size: rows computed at once; any one the mesh can split tells who reads what."""
         self.mesh, self.reader, self.readers = mesh, 0, 1
+        self.run_rows: np.ndarray | None = None  # which row of those read together stands at each place; None: in order
         if mesh is None:
             if jax.process_count() > 1:
                 raise ConfigError(f"mesh=None: {jax.process_count()} processes need one, such as fsdp=rest")
@@ -39,6 +40,10 @@ class Placing:
                 "tensor x context divide the devices of a process, or be a multiple of them"
             )
         self.reader, self.readers = groups.index(places[jax.process_index()]), len(groups)
+        if self.readers > 1:
+            self.run_rows = np.zeros(batch_size, np.int32)
+            for reader, held in enumerate(groups):
+                self.run_rows[list(held)] = np.arange(reader, batch_size, self.readers)
 
     def put(self, batch: Batch, microbatches: bool = False) -> Batch:
         """This reader's rows [b, T] (or [microbatches, b, T]), NumPy arrays, as part of the batch on the mesh.

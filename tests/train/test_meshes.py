@@ -66,6 +66,10 @@ def results(config, text: str):
         placed = on_mesh(mesh, *model_and_batch(config))
         found = jax.jit(evaluate, static_argnums=2)(*placed, config is DROPPING)
     (loss, (parts, logits)), gradient = jax.device_get(found)
+    if parts.moe is not None:  # rows that crossed between devices: the mesh's own matter
+        parts = dataclasses.replace(
+            parts, moe=dataclasses.replace(parts.moe, crossed=alone(config)[0][1][0].moe.crossed)
+        )
     return (loss, (parts, logits[:, np.argsort(parallel.zigzag(LENGTH, mesh.shape["context"]))])), gradient
 
 

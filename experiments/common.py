@@ -123,34 +123,14 @@ def _read_config(path: pathlib.Path) -> dict:
 
 def train(config: ExperimentConfig, workdir: str) -> dict:
     """`dsv2_jax.train.loop.train`; what ends a run early becomes one line and exit code 1."""
-    import jax  # only once the command line is known to be right
-
-    from dsv2_jax.checkpoint import CheckpointError
+    from dsv2_jax.checkpoint import CheckpointError  # imports JAX: only once the command line is known to be right
     from dsv2_jax.data.sources import DataError
     from dsv2_jax.train import loop
 
     try:
         return loop.train(config, workdir)
     except (CheckpointError, DataError, FileNotFoundError, loop.TrainingFailed) as error:
-        _leave(f"{_script()}: error: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        _leave(
-            f"{_script()}: error: process {jax.process_index()} stopped, as another has ended or cannot be reached "
-            f"({str(error).splitlines()[0][:200]}). Start all again: the run goes on from its last checkpoint."
-        )
-
-
-def _leave(message: str) -> None:
-    """Exit with code 1. One process of several does so at once: the way out through JAX waits for the others."""
-    import jax
-
-    if jax.process_count() == 1:
-        sys.exit(message)
-    print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
+        sys.exit(f"{_script()}: error: {error}")
 
 
 def use_compilation_cache() -> None:

@@ -1,11 +1,10 @@
-"""One process of a run of several, as a program: python two_processes.py FOLDER MESH STEPS [--kill_at=STEP] FLAGS.
+"""One process of a run of several, as a program: python two_processes.py FOLDER MESH STEPS FLAGS.
 
-FOLDER holds text/. Process 1 kills itself while it reads the batch of step `kill_at`.
+FOLDER holds text/. With --signal=NUMBER, process 1 sends itself that signal while it reads its fifth batch.
 """
 
 import dataclasses
 import os
-import signal
 from pathlib import Path
 
 import small_training
@@ -21,15 +20,15 @@ def experiment(folder: Path, mesh: str | None, steps: int):
     return dataclasses.replace(config, model=model, mesh=mesh)
 
 
-def kill_when_reading(step: int) -> None:
+def send_when_reading(number: int) -> None:
     from dsv2_jax.data.pipeline import TrainIterator
 
     original, calls = TrainIterator.next, []
 
     def next(self, rows: int):
         calls.append(rows)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
         return original(self, rows)
 
     TrainIterator.next = next
@@ -40,12 +39,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("mesh")
     parser.add_argument("steps", type=int)
-    parser.add_argument("--kill_at", type=int)
+    parser.add_argument("--signal", type=int)
     common.add_process_flags(parser)
     flags = common.parse_arguments(parser)
     common.start_processes(flags)
-    if flags.kill_at and flags.process == 1:
-        kill_when_reading(flags.kill_at)
+    if flags.signal and flags.process == 1:
+        send_when_reading(flags.signal)
     common.train(experiment(flags.folder, flags.mesh, flags.steps), str(flags.folder / "run"))
 
 

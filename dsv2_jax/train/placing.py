@@ -1,6 +1,9 @@
 """Batches from the processes that read them to the devices that compute them, and agreement between processes."""
 
+import contextlib
 import json
+import os
+import sys
 from collections.abc import Callable
 
 import jax
@@ -104,6 +107,26 @@ def first_process_first(function: Callable[[], object]):
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("first_process_first")
     return result if jax.process_index() == 0 else function()
+
+
+@contextlib.contextmanager
+def ending_with_the_others():
+    """Ends this process with a message when another of several is gone: no cleanup can succeed that waits for it.
+
+    If nothing fails here, JAX itself aborts the process once the other has been silent for the heartbeat timeout.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"error: process {jax.process_index()} stopped, as another has ended or cannot be reached "
+            f"({str(error).splitlines()[0][:200]}). Start all again: the run goes on from its last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
 
 
 class Agreement:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def assert_together(found: dict[int, float], expected: dict[int, float]):
 def test_one_of_two_dies_and_the_restart_goes_on_to_the_losses_of_one_process(text, tmp_path):
     one, expected, place = text
     shutil.copytree(one / "text", tmp_path / "text")
-    died = launch(tmp_path, "fsdp=2", STEPS, "--kill_at=5")
+    died = launch(tmp_path, "fsdp=2", STEPS, f"--signal={signal.SIGKILL:d}")
     assert died.returncode == 1
     assert "process 1 of 2 was killed by SIGKILL; the job was ended. The same command goes on" in died.stderr
     assert "error: process 0 stopped, as another has ended or cannot be reached" in died.stderr
@@ -93,3 +94,14 @@ def test_a_row_shared_by_two_processes(text, tmp_path):
     assert done.returncode == 0, done.stderr
     assert_together(losses(tmp_path), text[1])
     assert iterator(tmp_path, STEPS) == text[2]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_saves_and_stops_both(text, tmp_path):
+    shutil.copytree(text[0] / "text", tmp_path / "text")
+    stopped = launch(tmp_path, "data=2", 12, f"--signal={signal.SIGTERM:d}")
+    assert stopped.returncode == 0, stopped.stderr
+    step = int(re.search(r"stopped by a signal to another process after step (\d+)\.", stopped.stdout)[1])
+    assert 5 <= step <= 7
+    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+    assert list(losses(tmp_path)) == list(range(1, step + 1))

@@ -64,7 +64,7 @@ def _over_devices(h_BTD, w_DV, targets_BT, weights_BT, chunk: int, with_gradient
         if not with_gradient:
             return nll
         dh = jax.lax.psum(dh, vocab_axis) if vocab_axis else dh
-        return nll, dh, jax.lax.psum(sharding.scatter(dw, spec, kept=("tensor",)), "data")
+        return nll, dh, jax.lax.psum(sharding.scatter(dw, spec, kept=("tensor",), dtype=h_BTD.dtype), "data")
 
     outs = (PartitionSpec(), hidden, spec) if with_gradient else PartitionSpec()
     call = jax.shard_map(local, in_specs=(hidden, spec, tokens, tokens), out_specs=outs, check_vma=False)

@@ -40,11 +40,15 @@ def tile_size(pairs: int, experts: int, smallest: int = 16, largest: int = 128) 
     return min(max(power(average / 2), min(smallest, power(average * 2))), largest)
 
 
-def make_layout(expert_TK: jax.Array, experts: int, tile: int) -> TileLayout:
-    """Sorts the pairs by expert. A choice with `expert_TK` = `experts` is not computed (padding, dropped tokens)."""
+def make_layout(expert_TK: jax.Array, experts: int, tile: int, most: int | None = None) -> TileLayout:
+    """Sorts the pairs by expert. A choice with `expert_TK` = `experts` is not computed (padding, dropped tokens).
+
+    Args:
+      most: so many choices are computed at the most, which the caller knows; None: all could be.
+    """
     T, K = expert_TK.shape
-    pairs = T * K
-    tiles = min(-(-pairs // tile) + experts, pairs)
+    pairs, most = T * K, T * K if most is None else most
+    tiles = min(-(-most // tile) + experts, most)
     rows = tiles * tile
     expert_A = expert_TK.reshape(pairs)
     sorted_A, pair_A = jax.lax.sort_key_val(expert_A, jnp.arange(pairs, dtype=jnp.int32), is_stable=True)

@@ -9,11 +9,10 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from dsv2_jax import checkpoint, config_io
+from dsv2_jax import checkpoint, config_io, sharding
 from dsv2_jax.config import DTYPES, ConfigError, ModelConfig, check
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.hf import mapping
@@ -104,7 +103,7 @@ def _load_published(path: pathlib.Path, mesh: Mesh | None, dtype: str | None) ->
     for entry in mapping.table(config, tied):
         names, _ = _unstacked_place(entry.target, entry.index)
         places.setdefault(names, []).append(entry)
-    abstract = _with_shardings(_abstract(config, dtype), mesh)
+    abstract = sharding.with_shardings(_abstract(config, dtype), mesh)
     # One at a time: copies to devices are asynchronous, and keep their source.
     arrays = {names: jax.block_until_ready(_array(leaf, folder, places[names])) for names, leaf in _leaves(abstract)}
     return _filled(abstract, arrays)
@@ -155,7 +154,7 @@ def _load_checkpoint(path, mesh: Mesh | None, dtype: str | None) -> Transformer:
     config = config_io.parse(ModelConfig, checkpoint.load_config(path).get("model"), "model")
     abstract = _abstract(config, dtype)
     dtypes = {names: leaf.dtype for names, leaf in _leaves(abstract)}
-    stacked = _with_shardings(jax.eval_shape(functools.partial(Transformer, config), jax.random.key(0)), mesh)
+    stacked = sharding.with_shardings(jax.eval_shape(functools.partial(Transformer, config), jax.random.key(0)), mesh)
     layers = range(config.moe_layers)
 
     def places(names: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -201,26 +200,3 @@ def _filled(like, arrays: dict[tuple[str, ...], object]):
         lambda path, _: arrays[tuple(key.key for key in path)], checkpoint.to_dict(like)
     )
     return checkpoint.from_dict(like, named)
-
-
-# Of a parameter's logical axes, those that are split, and the mesh axis each is split over.
-SPLIT = {"expert": "expert", "embed": "fsdp", **dict.fromkeys(("heads", "mlp", "expert_mlp", "vocab"), "tensor")}
-
-
-def _with_shardings(abstract: Transformer, mesh: Mesh | None) -> Transformer:
-    """An abstract model whose arrays say where on the mesh they lie."""
-    if mesh is None:
-        return abstract
-
-    def place(leaf):
-        array, axes = jax.tree.leaves(leaf)[0], leaf.get_metadata("axes")
-        stacked = (None,) * (array.ndim - len(axes))
-        names = [SPLIT.get(axis) if len(axes) > 1 else None for axis in axes]
-        spec = [
-            name if name in mesh.shape and size % mesh.shape[name] == 0 else None
-            for name, size in zip(names, array.shape[len(stacked) :], strict=True)
-        ]
-        sharding = NamedSharding(mesh, PartitionSpec(*stacked, *spec))
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), leaf)
-
-    return jax.tree.map(place, abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))

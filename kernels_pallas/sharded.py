@@ -45,3 +45,9 @@ def over_mesh(function, arrays, letters, out: str):
         function, in_specs=tuple(specs[:-1]), out_specs=specs[-1], axis_names=set(free), check_vma=False
     )
     return mapped(*arrays)
+
+
+def kernel_output(shape, dtype, *inputs) -> jax.ShapeDtypeStruct:
+    """A kernel's output, which inside shard_map differs from device to device wherever an input does."""
+    varying = frozenset().union(*(getattr(jax.typeof(x), "vma", frozenset()) for x in inputs))
+    return jax.ShapeDtypeStruct(shape, dtype, vma=varying) if varying else jax.ShapeDtypeStruct(shape, dtype)

@@ -2,11 +2,11 @@
 
 import jax
 
-from kernels_pallas.grouped_matmul import ragged, reference, xla
+from kernels_pallas.grouped_matmul import ragged, reference, tpu, xla
 from kernels_pallas.select import select
 from kernels_pallas.tiles import TileLayout
 
-IMPLEMENTATIONS = {"ragged_dot": ragged, "xla": xla, "reference": reference}  # fastest first
+IMPLEMENTATIONS = {"tpu": tpu, "ragged_dot": ragged, "xla": xla, "reference": reference}  # fastest first
 
 
 def _validate(x_GD: jax.Array, weights: list[jax.Array], layout: TileLayout) -> None:

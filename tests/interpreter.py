@@ -21,4 +21,4 @@ def interpreter(dma="on_wait"):
     pltpu.reset_tpu_interpret_mode_state()
     yield pltpu.InterpretParams(detect_races=True, dma_execution_mode=dma)
     assert interpret_pallas_call.races is not None, "nothing was interpreted"
-    assert not races_found()
+    assert not races_found(), "a kernel raced"

@@ -49,5 +49,6 @@ def over_mesh(function, arrays, letters, out: str):
 
 def kernel_output(shape, dtype, *inputs) -> jax.ShapeDtypeStruct:
     """A kernel's output, which inside shard_map differs from device to device wherever an input does."""
-    varying = frozenset().union(*(getattr(jax.typeof(x), "vma", frozenset()) for x in inputs))
-    return jax.ShapeDtypeStruct(shape, dtype, vma=varying) if varying else jax.ShapeDtypeStruct(shape, dtype)
+    kinds = [jax.typeof(x).manual_axis_type for x in inputs]
+    varying = frozenset().union(*(kind.varying for kind in kinds))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=type(kinds[0])(varying=varying))

@@ -10,7 +10,11 @@ from jax.sharding import AbstractMesh, AxisType
 from kernels_pallas import select as selecting
 from kernels_pallas import sharded, support
 from kernels_pallas.flash_attention import flash_attention
+from kernels_pallas.grouped_matmul import grouped_swiglu, rows_per_tile
+from kernels_pallas.grouped_matmul import tpu as grouped_tpu
+from kernels_pallas.latent_attention import tpu as latent_tpu
 from kernels_pallas.select import Target, select, target
+from kernels_pallas.tiles import make_layout
 
 V5P = Target("tpu", "TPU v5")
 
@@ -82,6 +86,7 @@ NOT_ON = {
     ("latent_attention", "tpu"): "a TPU kernel, not for",
     ("paged_latent_attention", "tpu"): "a TPU kernel, not for",
     ("grouped_matmul", "tpu"): "a TPU kernel, not for",
+    ("token_dispatch", "tpu"): "phrased for the TPU compiler, not for",
 }
 
 
@@ -150,3 +155,56 @@ def test_a_mesh_axis_that_does_not_divide_leaves_the_axis_whole():
     assert out.shape == (2, 5, 4)
     assert shapes == [(1, 5, 2)]
     assert selecting.target().platform == "cpu"
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_kernels_and_their_gradients_trace_inside_shard_map(check_vma):
+    """Whether or not it tracks which values differ between devices; outside, the rows' kernels refuse a mesh."""
+
+    def local(x_GD, expert_TK, gate, up):
+        return grouped_swiglu(x_GD, gate, up, make_layout(expert_TK, 4, 16), implementation="tpu")
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    rows, shares = (8 * 2 // 16 + 4) * 16, jax.sharding.PartitionSpec("expert")
+    arguments = array(2 * rows, 32), array(16, 2, dtype=jnp.int32), array(8, 32, 16), array(8, 32, 16)
+    with jax.sharding.use_abstract_mesh(mesh_of(V5P, expert=2)):
+        mapped = jax.shard_map(local, in_specs=shares, out_specs=shares, check_vma=check_vma)
+        gradient = jax.grad(lambda x, *others: mapped(x, *others).astype(jnp.float32).sum())
+        assert jax.eval_shape(gradient, *arguments).shape == (2 * rows, 32)
+        with pytest.raises(ValueError, match="the rows lie on several devices"):
+            jax.eval_shape(local, array(rows, 32), array(8, 2, dtype=jnp.int32), array(4, 32, 16), array(4, 32, 16))
+
+
+@pytest.mark.parametrize(
+    ("tile", "dim", "reason"), [(8, 32, "tiles of 8 rows are no multiple of 16"), (16, 40000, "40000 wide")]
+)
+def test_grouped_matmul_on_tpu_says_why(tile, dim, reason):
+    layout = jax.eval_shape(lambda e_TK: make_layout(e_TK, 4, tile), jax.ShapeDtypeStruct((8, 2), jnp.int32))
+    x = jax.ShapeDtypeStruct((len(layout.token_of_row_G), dim), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((4, dim, 16), jnp.bfloat16)
+    assert reason in grouped_tpu.unsupported(V5P, x, [w], layout)
+
+
+@pytest.mark.parametrize(
+    ("page", "pages", "value_dim", "reason"),
+    [
+        (24, 4, 512, "pages of 24 positions: must be a multiple of 16 and divide 1024"),
+        (64, 4, 500, "value width 500 is no multiple of 128"),
+        (16, 10000, 512, "use larger pages"),
+    ],
+)
+def test_latent_attention_on_tpu_says_why(page, pages, value_dim, reason):
+    q = jax.ShapeDtypeStruct((4, 1, 16, 576), jnp.bfloat16)
+    pool, table = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((4 * pages, page, 640), (4, pages)))
+    assert reason in latent_tpu.unsupported_paged(V5P, q, pool, table, None, value_dim, 0.1, None)
+    cache = jax.ShapeDtypeStruct((4, 1000, 576), jnp.bfloat16)
+    assert "a cache of 1000 positions" in latent_tpu.unsupported(V5P, q, cache, None, 512, 0.1)
+
+
+def test_tiles_on_tpu_fill_a_register():
+    assert rows_per_tile(6, 64) == 1
+    with jax.sharding.use_abstract_mesh(mesh_of(V5P)):
+        assert rows_per_tile(6, 64) == 16
+        assert rows_per_tile(24576, 64) == 128

@@ -82,9 +82,9 @@ def test_attention_over_a_mesh_needs_no_communication():
     assert not re.findall("all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", text)
 
 
-def ffn_gradients(case, expert_TK, gates_TK, x_TD, gate, up, down):
-    """The routed experts of one layer: layout, dispatch, SwiGLU, down, combine; and all gradients."""
-    layout = make_layout(expert_TK, case.experts, case.tile)
+def ffn_gradients(structure, gates_TK, x_TD, gate, up, down, *leaves):
+    """The routed experts of one layer: dispatch, SwiGLU, down, combine; and all gradients. (Sorting compiles long.)"""
+    layout = jax.tree.unflatten(structure, leaves)
 
     def loss(x_TD, gate, up, down):
         h_GF = grouped_swiglu(dispatch(x_TD, layout), gate, up, layout, implementation="tpu")
@@ -99,9 +99,11 @@ def ffn_gradients(case, expert_TK, gates_TK, x_TD, gate, up, down):
 def test_routed_experts(chip, model):
     case = shapes.FULL[model]
     T, K, E, D, F = case.tokens, case.choices, case.experts, case.dim, case.width
-    moving = [((T, K), jnp.int32), ((T, K), jnp.float32), ((T, D), bf16)]
-    weights = [((E, D, F), bf16), ((E, D, F), bf16), ((E, F, D), bf16)]
-    program = compiled(chip, functools.partial(ffn_gradients, case), moving + weights)
+    layout = jax.eval_shape(lambda e_TK: make_layout(e_TK, E, case.tile), jax.ShapeDtypeStruct((T, K), jnp.int32))
+    leaves, structure = jax.tree.flatten(layout)
+    arguments = [((T, K), jnp.float32), ((T, D), bf16), ((E, D, F), bf16), ((E, D, F), bf16), ((E, F, D), bf16)]
+    arguments += [(leaf.shape, leaf.dtype) for leaf in leaves]
+    program = compiled(chip, functools.partial(ffn_gradients, structure), arguments)
     # SwiGLU; the down matrix's dx and dw; SwiGLU's dx, and dw of gate and up. The down product itself is not needed.
     assert kernels(program) == 6
     # Rows of D and F in bfloat16, some in float32, and no copy of the weights.

@@ -12,11 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv2_jax.config import ComputeConfig
-from dsv2_jax.model.exchange import take
-from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
+from kernels_pallas.expert_ffn import expert_ffn
 from kernels_pallas.swiglu import swiglu
-from kernels_pallas.tiles import TileLayout, make_layout, tile_size
-from kernels_pallas.token_dispatch import combine, dispatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,34 +58,21 @@ def _over_chunks(local: Local, body, carry, expert_RK: jax.Array):
     return jax.lax.while_loop(lambda state: state[0] < end_R[-1], step, (jnp.int32(0), carry))[1]
 
 
-@jax.custom_vjp
-def _gates_of_rows(gate_TK: jax.Array, layout: TileLayout) -> jax.Array:
-    return gate_TK.at[layout.token_of_row_G, layout.choice_of_row_G].get(mode="fill", fill_value=0)
-
-
-def _gates_forward(gate_TK, layout):
-    return _gates_of_rows(gate_TK, layout), layout
-
-
-def _gates_backward(layout, dgate_G):
-    return take(dgate_G, layout.row_of_choice_TK), None
-
-
-_gates_of_rows.defvjp(_gates_forward, _gates_backward)
-
-
-def _ffn(local: Local, layout: TileLayout, x_CD, gate_CK, gate_EDF, up_EDF, down_EFD) -> jax.Array:
-    """sum_i g_i FFN_i(x) over this device's experts. The gate scales h, so that backward needs no row of the output."""
-    matmul, moving = local.compute.grouped_matmul, local.compute.token_dispatch
-    x_GD = dispatch(x_CD, layout, implementation=moving)
-    h_GF = grouped_swiglu(x_GD, gate_EDF, up_EDF, layout, implementation=matmul)
-    h_GF = (_gates_of_rows(gate_CK, layout)[:, None] * h_GF.astype(jnp.float32)).astype(h_GF.dtype)
-    o_GD = grouped_matmul(h_GF, down_EFD, layout, implementation=matmul)
-    return combine(o_GD, jnp.ones_like(gate_CK), layout, implementation=moving)
-
-
-def _layout(local: Local, expert_CK: jax.Array, pairs: int) -> TileLayout:
-    return make_layout(expert_CK, local.experts, tile_size(pairs, local.experts), pairs)
+def _ffn(local: Local, expert_CK, most: int, x_CD, gate_CK, gate_EDF, up_EDF, down_EFD) -> jax.Array:
+    """sum_i g_i FFN_i(x) over this device's experts."""
+    compute = local.compute
+    return expert_ffn(
+        x_CD,
+        expert_CK,
+        gate_CK,
+        gate_EDF,
+        up_EDF,
+        down_EFD,
+        most=most,
+        implementation=compute.expert_ffn,
+        grouped_matmul=compute.grouped_matmul,
+        token_dispatch=compute.token_dispatch,
+    )
 
 
 def _part(x_RD: jax.Array, first: jax.Array, rows: int) -> jax.Array:
@@ -104,8 +88,8 @@ def routed(local: Local, x_RD, expert_RK, gate_RK, weights) -> jax.Array:
     """y_RD: of every row the gate-weighted sum over the experts it chose here, 0 if none."""
 
     def body(first, rows, expert_CK, pairs, y_RD):
-        layout = _layout(local, expert_CK, pairs)
-        return _add(y_RD, first, _ffn(local, layout, _part(x_RD, first, rows), _part(gate_RK, first, rows), *weights))
+        x_CD, gate_CK = _part(x_RD, first, rows), _part(gate_RK, first, rows)
+        return _add(y_RD, first, _ffn(local, expert_CK, pairs, x_CD, gate_CK, *weights))
 
     return _over_chunks(local, body, jnp.zeros_like(x_RD), expert_RK)
 
@@ -115,7 +99,7 @@ def routed_backward(local: Local, x_RD, dy_RD, expert_RK, gate_RK, weights, dwei
 
     def body(first, rows, expert_CK, pairs, carry):
         dx_RD, dgate_RK, dweights = carry
-        ffn = functools.partial(_ffn, local, _layout(local, expert_CK, pairs))
+        ffn = functools.partial(_ffn, local, expert_CK, pairs)
         _, pull = jax.vjp(ffn, _part(x_RD, first, rows), _part(gate_RK, first, rows), *weights)
         dx_CD, dgate_CK, *dw = pull(_part(dy_RD, first, rows))
         dweights = tuple(total + part for total, part in zip(dweights, dw, strict=True))

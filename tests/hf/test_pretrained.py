@@ -1,6 +1,7 @@
 """`from_pretrained`: every number where it belongs, each device its slice alone, and what is said where it cannot."""
 
 import json
+import math
 
 import huggingface_hub
 import jax
@@ -14,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 from jax.sharding import Mesh
 
-from dsv2_jax import checkpoint, config_io
+from dsv2_jax import checkpoint, config_io, sharding
 from dsv2_jax.checkpoint import Checkpoints
 from dsv2_jax.config import ConfigError
 from dsv2_jax.data.tokenizer import Tokenizer
@@ -41,9 +42,7 @@ def tokenizer():
 
 
 def make_mesh(**sizes) -> Mesh:
-    names = ("data", "fsdp", "expert", "tensor", "context")
-    shape = [sizes.get(name, 1) for name in names]
-    return Mesh(np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape), names)
+    return sharding.make_mesh(sharding.MeshShape(**sizes), jax.devices()[: math.prod(sizes.values())])
 
 
 def assert_holds(model: Transformer, tensors: dict[str, np.ndarray], tied: bool = False) -> None:

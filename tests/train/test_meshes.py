@@ -150,15 +150,16 @@ def test_training_stays_together_on_every_mesh(text):
 
 @pytest.mark.slow
 def test_gradients_that_cross_in_bfloat16_are_as_good_as_those_of_one_device():
-    """With bfloat16 compute, gradients of experts travel as bfloat16 and are added in float32: against the float32
-    gradient they are off by what the bfloat16 computation of one device is off by."""
-    rounded = small.change(MODEL, compute__dtype="bfloat16")
-    exact = jax.tree.leaves(alone(MODEL)[1])
+    """With bfloat16 compute, what a device has added up of a gradient travels as bfloat16 and is added in float32: the
+    error is that of one device computing in bfloat16. Dense layers: no choice can flip."""
+    dense = small.change(MODEL, moe=None, dense_layers=3)
+    rounded = small.change(dense, compute__dtype="bfloat16")
+    exact = jax.tree.leaves(alone(dense)[1])
 
     def error(gradient) -> float:
         apart = [np.sum((np.asarray(a) - b) ** 2) / np.sum(b**2) for a, b in zip(jax.tree.leaves(gradient), exact)]
         return float(np.sqrt(np.mean(apart)))
 
-    one, many = error(alone(rounded)[1]), error(results(rounded, "expert=4,fsdp=2")[1])
+    one, many = error(alone(rounded)[1]), error(results(rounded, "fsdp=8")[1])
     assert 1e-4 < one < 0.2
     assert many < 1.1 * one

@@ -9,8 +9,9 @@ A run's folder holds one folder per step, which appears under its final name onl
     120/checksums/    JSON: a 32-bit sum of every array and document above, checked when they are read back
 
 Scan-stacked arrays are stored in chunks of one layer (and one expert), and any array in chunks of at most 64 MiB, so
-that export can stream slices of a model larger than memory. A checkpoint made from released weights (`dsv2_jax.hf.convert`) has no training and no iterator, its
-config is {"model": ...}, and its arrays keep the type of those weights.
+that export can stream slices of a model larger than memory. A checkpoint made from released weights
+(`dsv2_jax.hf.convert`) has no training and no iterator, its config is {"model": ...}, and its arrays keep the type of
+those weights.
 """
 
 import functools

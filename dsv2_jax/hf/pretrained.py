@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from dsv2_jax import checkpoint, config_io, sharding
 from dsv2_jax.config import DTYPES, ConfigError, ModelConfig, check
 from dsv2_jax.data.tokenizer import Tokenizer
-from dsv2_jax.hf import mapping
+from dsv2_jax.hf import digests, mapping
 from dsv2_jax.hf.config import is_tied, model_config, read_json
 from dsv2_jax.hf.safetensors import INDEX, SINGLE, Folder, FolderError
 from dsv2_jax.model.transformer import Transformer
@@ -26,7 +26,7 @@ TOKENIZER = "tokenizer.json"
 
 
 def from_pretrained(
-    path_or_hub_id: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str | None = None
+    path_or_hub_id: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str | None = None, verify: bool = False
 ) -> tuple[Transformer, Tokenizer | None]:
     """The model of a folder as released, of an id on the Hugging Face Hub, or of a run's folder, and its tokenizer.
 
@@ -43,6 +43,8 @@ def from_pretrained(
       dtype: "bfloat16" or "float32", of the weights and the computation. None: as config.json states it, which is how
         the weights are stored and were trained (bfloat16, as released; float32 for float16, whose fractions bfloat16
         cannot hold); for a run, as in training.
+      verify: first compare every file of a released folder with the SHA-256 that its download recorded, where it did
+        (see `hf.digests`): every byte is read once more. Checkpoints are always compared with their own sums.
 
     Raises `ConfigError` where there is no such model or it is one we do not implement, `FolderError` and
     `CheckpointError` where its files are damaged or do not fit.
@@ -50,6 +52,8 @@ def from_pretrained(
     check(dtype is None or dtype in DTYPES, "dtype", dtype, f"be one of {', '.join(DTYPES)}, or None")
     folder = local_folder(path_or_hub_id)
     if folder is not None and ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
+        if verify:
+            digests.verify(digests.recorded(Folder(folder).files()))
         return _load_published(folder, mesh, dtype), _load_tokenizer(folder / TOKENIZER)
     if folder is not None and (folder / "config.json").is_file() and not _has_checkpoint(folder):
         raise FolderError(f"{folder}: has a config.json, but neither {SINGLE} nor {INDEX}; download the folder whole")

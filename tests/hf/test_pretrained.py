@@ -136,6 +136,7 @@ def test_each_device_receives_its_slice_and_nothing_is_read_twice(tmp_path, monk
     assert split or sizes == dict(expert=4)
 
 
+@pytest.mark.parametrize("released", ["v2"], indirect=True)
 def test_logits_do_not_depend_on_the_mesh(released):
     folder, _, _ = released
     alone, _ = from_pretrained(folder)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.select import Target
+from kernels_pallas.select import Target, target
 from kernels_pallas.sharded import free_axes, kernel_output, over_mesh
 
 LANES = 128
@@ -20,6 +20,7 @@ VMEM_LIMIT = 48 << 20  # bytes; v5p has 64 MiB, v5e and v6e 128
 SCALARS = 128 << 10  # bytes of page table and visits, in a scalar memory of 1 MiB, where rows are padded
 CHUNK = 1024  # keys met at once
 ROWS = 512  # queries x heads of a unit
+TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # chips that are one device
 _HIDDEN = -1e30  # finite, so that no inf - inf arises
 _FIRST, _LAST, _KEYS = 1, 2, 4  # what a visit does
 _NN, _NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
@@ -183,8 +184,10 @@ def _kernel(
 
 
 def paged_latent_attention(
-    q_BTNC, pages, page_table_BP, offset_B, value_dim, scale, scales=None, splits=1, interpret=False
+    q_BTNC, pages, page_table_BP, offset_B, value_dim, scale, scales=None, splits=None, interpret=False
 ):
+    """`splits`: parts of the keys; None: one for each core that shares a chip's work."""
+    splits = splits or (2 if target().kind in TWO_CORES else 1)
     B, T, N, C = q_BTNC.shape
     page, width, P = *pages.shape[1:], page_table_BP.shape[1]
     queries = _queries(T, N)

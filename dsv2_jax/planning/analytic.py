@@ -17,7 +17,7 @@ from dsv2_jax.model import counting
 from dsv2_jax.planning.hardware import GPU, Topology
 from dsv2_jax.sharding import BATCH_AXES, MESH_AXES, STORAGE_AXES, MeshShape, compute_spec, parameter_spec
 
-GRADIENT_BYTES = 4  # the gradient of a float32 master is added up and sent in float32
+GRADIENT_BYTES = 4  # held in float32, as the masters are; sent in the compute dtype
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def traffic(job: Job) -> list[Traffic]:
         width = 4 if "router" in axes else compute_bytes
         gathers += (used - stored) * width * (1 if outside else again)
         if len(axes) > 1:
-            scatters += (used - stored) * GRADIENT_BYTES
+            scatters += (used - stored) * width
         holders = mesh.data if len(axes) > 1 else job.devices
         copies += 2 * (holders - 1) / holders * stored * GRADIENT_BYTES
     found = [

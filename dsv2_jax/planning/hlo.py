@@ -58,7 +58,8 @@ Computation = dict[str, Instruction]
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*->.*\{\s*$")
-_STARTS = re.compile(r"\s+(ROOT )?%[\w.\-]+ = |\}$|$|(ENTRY )?%[\w.\-]+ \(|HloModule|[A-Z]\w+$|\d+ ")
+_END = re.compile(r"\}(, execution_thread=.*)?$")
+_STARTS = re.compile(r"\s+(ROOT )?%[\w.\-]+ = |\}(, exec.*)?$|$|(ENTRY )?%[\w.\-]+ \(|HloModule|[A-Z]\w+$|\d+ ")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
@@ -102,7 +103,7 @@ def parse(text: str) -> Module:
             inside, after = rest[:end], rest[end + 1 :]
             operands = tuple(re.findall(r"%([\w.\-]+)", inside))
             current[name] = Instruction(name, opcode, shapes_of(result), operands, inside, after, bool(root))
-        elif line == "}":
+        elif _END.match(line):
             current = None
         elif current is None and (found := _HEADER.match(line)):
             current = computations.setdefault(found[2], {})

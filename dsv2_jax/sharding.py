@@ -21,6 +21,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
@@ -201,27 +202,48 @@ def with_shardings(abstract, mesh: Mesh | None):
     return jax.tree.map(place, abstract, tree_shardings(abstract, mesh))
 
 
-def gathered(param: nnx.Variable, dtype) -> jax.Array:
-    """A stored parameter as a compute weight: cast to `dtype`, then gathered as `compute_spec` says."""
-    axes, w = param.get_metadata("axes"), param[...].astype(dtype)
+def stored(w: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`w`, laid out as a parameter with the logical `axes` is stored: the layout of its gradient too."""
     mesh = ambient()
-    if mesh is None:
-        return w
-    stored = jax.lax.with_sharding_constraint(w, parameter_spec(axes, w.shape, mesh))
-    return jax.lax.with_sharding_constraint(stored, compute_spec(axes))
+    return w if mesh is None else jax.lax.with_sharding_constraint(w, parameter_spec(axes, w.shape, mesh))
+
+
+def gathered(w: jax.Array, axes: tuple[str, ...], dtype) -> jax.Array:
+    """A stored parameter as a compute weight: cast to `dtype`, then gathered as `compute_spec` says."""
+    w = stored(w.astype(dtype), axes)
+    return w if ambient() is None else jax.lax.with_sharding_constraint(w, compute_spec(axes))
+
+
+def _moved(spec: PartitionSpec, kept: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
+    """The dimensions of `spec` that are split over other mesh axes than `kept`, each with those axes."""
+    split = [names if isinstance(names, tuple) else (names,) for names in spec]
+    moved = [tuple(name for name in names if name is not None and name not in kept) for names in split]
+    return [(dimension, names) for dimension, names in enumerate(moved) if names]
 
 
 def gather(w: jax.Array, spec: PartitionSpec, kept: tuple[str, ...] = ()) -> jax.Array:
-    """Inside a shard_map: this device's part `w` of an array stored as `spec`, whole over all mesh axes but `kept`.
+    """Inside a shard_map: this device's part `w` of an array stored as `spec`, made whole over all axes but `kept`.
 
-    Its transpose is a reduce-scatter, in the dtype of `w`: cast before.
+    Its transpose is `scatter`, in the dtype of `w`: cast before.
     """
-    for dimension, names in enumerate(spec):
-        names = names if isinstance(names, tuple) else (names,)
-        moved = tuple(name for name in names if name is not None and name not in kept)
-        if moved:
-            w = jax.lax.all_gather(w, moved, axis=dimension, tiled=True)
+    for dimension, names in _moved(spec, kept):
+        w = jax.lax.all_gather(w, names, axis=dimension, tiled=True)
     return w
+
+
+def scatter(dw: jax.Array, spec: PartitionSpec, kept: tuple[str, ...] = ()) -> jax.Array:
+    """Inside a shard_map: the sum over devices of the gradients of what `gather` gave, each device its part of it.
+
+    As an all-to-all and a local sum in float32: the bytes of a reduce-scatter in the dtype of `dw`, but no rounding on
+    the way. (For a reduce-scatter XLA compiles an all-reduce of twice the bytes for TPUs today.)
+    """
+    for dimension, names in _moved(spec, kept):
+        parts = jax.lax.all_to_all(dw, names, split_axis=dimension, concat_axis=dimension, tiled=True)
+        size = parts.shape[dimension]
+        devices = jax.lax.psum(1, names)
+        parts = parts.reshape(*dw.shape[:dimension], devices, size // devices, *dw.shape[dimension + 1 :])
+        dw = jnp.sum(parts, axis=dimension, dtype=jnp.float32)
+    return dw
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
@@ -240,11 +262,19 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     mesh = ambient()
     if mesh is None:
         return x
-    spec = []
-    for size, axes in zip(x.shape, activation_spec(*names), strict=True):
-        parts = math.prod(mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis)
-        spec.append(axes if size % parts == 0 else None)
+    sizes = [_parts(axes, mesh) for axes in activation_spec(*names)]
+    spec = [axes if size % n == 0 else None for size, n, axes in zip(x.shape, sizes, activation_spec(*names))]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def divides(x: jax.Array, *names: str | None) -> bool:
+    """Whether every dimension of an activation can be split as its logical name says on the ambient mesh."""
+    mesh = ambient()
+    return all(size % _parts(axes, mesh) == 0 for size, axes in zip(x.shape, activation_spec(*names), strict=True))
+
+
+def _parts(axes: tuple[str, ...] | str | None, mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -258,6 +288,12 @@ def _divisors(number: int) -> str:
 def _check_divides(size: int, parts: int, what: str, axis: str) -> None:
     if size % parts:
         raise ConfigError(f"mesh: {axis}={parts} does not divide {what}={size}; {axis} may be {_divisors(size)}")
+
+
+def check_decoding(mesh) -> None:
+    """Raise `ConfigError` for a mesh on which nothing can be decoded: new tokens come one by one."""
+    if mesh.shape["context"] > 1:
+        raise ConfigError(f"mesh: context={mesh.shape['context']} is for training; use tensor, expert, fsdp or data")
 
 
 def check_mesh(mesh, model: ModelConfig, *, batch_size: int | None = None, sequence_length: int | None = None) -> None:

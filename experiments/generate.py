@@ -1,6 +1,8 @@
 """Continue one or several prompts with a trained model, printing the text as it comes.
 
 Each prompt begins with BOS. A continuation ends before a stop string, at the model's end token, or by --max_new_tokens.
+--config.mesh=tensor=8 spreads the model over devices (axes data, fsdp, expert, tensor), and --config.model.compute.*
+say how it is computed; all else is as in training.
 """
 
 import functools
@@ -30,26 +32,35 @@ def arguments():
     add("--dtype", choices=DTYPES, metavar="|".join(DTYPES), help="of weights and activations; default: as in training")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json; default: the one of the run")
     parser.add_argument("--json", action="store_true", help="a line {prompt, text, ended} per prompt, not streamed")
-    return common.parse_arguments(parser)
+    return common.parse_arguments(parser, fields=("mesh", "model.compute"))
 
 
-def load(path: str, dtype: str | None, tokenizer: str | None):
-    """The model, ready to decode, and the tokenizer of a run folder or checkpoint."""
+def load(path: str, dtype: str | None, tokenizer: str | None, overrides=()):
+    """The model, ready to decode, the tokenizer, and the mesh, of a run folder or checkpoint."""
     if not pathlib.Path(path).is_dir():
         raise ConfigError(f"--checkpoint={path}: there is no such folder; {TRAIN}")
     import jax
 
-    from dsv2_jax import checkpoint, config_io
+    from dsv2_jax import checkpoint, config_io, sharding
     from dsv2_jax.data.tokenizer import Tokenizer
     from dsv2_jax.model.transformer import Transformer
 
     try:
-        config = config_io.parse(ExperimentConfig, checkpoint.load_config(path)).model
+        mapping = {**checkpoint.load_config(path), "mesh": None}  # not the one it was trained on
+        for field, text in overrides:
+            mapping = config_io.override(ExperimentConfig, mapping, field, text)
+        experiment = config_io.parse(ExperimentConfig, mapping)
+        config, mesh = experiment.model, experiment.mesh and sharding.make_mesh(experiment.mesh)
+        if mesh:
+            sharding.check_mesh(mesh, config)
+            sharding.check_decoding(mesh)
         abstract = jax.eval_shape(functools.partial(Transformer, config), jax.random.key(0))
-        model = checkpoint.restore_params(path, abstract)
+        model = checkpoint.restore_params(path, sharding.with_shardings(abstract, mesh))
     except checkpoint.CheckpointError as error:
         raise ConfigError(f"--checkpoint={path}: {error}; {TRAIN}") from None
-    return model.unstacked(dtype or config.compute.dtype), Tokenizer.load(tokenizer or find_tokenizer(path))
+    with sharding.use(mesh):
+        model = model.unstacked(dtype or config.compute.dtype)
+    return model, Tokenizer.load(tokenizer or find_tokenizer(path)), mesh
 
 
 def find_tokenizer(path: str) -> pathlib.Path:
@@ -64,11 +75,20 @@ def find_tokenizer(path: str) -> pathlib.Path:
 
 def main() -> int:
     flags = arguments()
+    from dsv2_jax import sharding
     from dsv2_jax.inference.sampling import Sampling
-    from dsv2_jax.inference.stream import stream
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
-    model, tokenizer = load(flags.checkpoint, flags.dtype, flags.tokenizer)
+    model, tokenizer, mesh = load(flags.checkpoint, flags.dtype, flags.tokenizer, flags.overrides)
+    with sharding.use(mesh):
+        write(model, tokenizer, sampling, flags)
+    return 0
+
+
+def write(model, tokenizer, sampling, flags) -> None:
+    """Print the continuation of every prompt."""
+    from dsv2_jax.inference.stream import stream
+
     for number, prompt in enumerate(flags.prompt, 1):
         text = sys.stdin.read() if prompt == "-" else prompt
         limits = {"max_new_tokens": flags.max_new_tokens, "stop": flags.stop}
@@ -82,7 +102,6 @@ def main() -> int:
         for piece in pieces:
             print(piece, end="", flush=True)
         print(flush=True)
-    return 0
 
 
 def collect(pieces) -> tuple[str, str]:

@@ -111,6 +111,7 @@ DATA = {
     "data.sources.0.text_field": "other",
 }
 LOOP = {
+    "mesh",
     "train.seed",
     "train.log_every",
     "train.max_bad_steps",
@@ -337,6 +338,12 @@ def test_a_run_reads_every_field_of_the_loop(corpus, tmp_path, monkeypatch):
     seen = record_reads(monkeypatch)
     loop.train(experiment, tmp_path, matmul_rate=1e9)
     sections = {"checkpoint": config.CheckpointConfig, "evaluation": config.EvaluationConfig}
-    sections |= {"profile": config.ProfileConfig, "train": config.TrainConfig, "data": config.DataConfig}
-    unread = {path for path in LOOP if (sections[path.split(".")[-2]], path.split(".")[-1]) not in seen}
+    sections |= {
+        "experiment": ExperimentConfig,
+        "profile": config.ProfileConfig,
+        "train": config.TrainConfig,
+        "data": config.DataConfig,
+    }
+    named = {path: f"experiment.{path}".split(".")[-2:] for path in LOOP}
+    unread = {path for path, (section, name) in named.items() if (sections[section], name) not in seen}
     assert not unread

@@ -135,7 +135,7 @@ def test_gathering_outside_and_inside_a_shard_map():
     spec = sharding.parameter_spec(("embed", "mlp"), (8, 8), mesh)
     with sharding.use(mesh):
         assert sharding.axis_size("fsdp") == 4
-        whole = jax.jit(lambda p: sharding.gathered(p, jnp.bfloat16))(param)
+        whole = jax.jit(lambda p: sharding.gathered(p[...], ("embed", "mlp"), jnp.bfloat16))(param)
         inside = jax.shard_map(
             lambda w: sharding.gather(w, spec, kept=("tensor",)),
             in_specs=spec,

@@ -119,13 +119,13 @@ class Round:
     arrived_PS: jax.Array  # int32: theirs that come; T for none
 
 
-def make_round(routes: Routes, turn: jax.Array, rows: int) -> Round:
+def make_round(routes: Routes, rows: int, turn: jax.Array | int) -> Round:
     def part(table_PT):
         T = table_PT.shape[1]
         table_PT = jnp.pad(table_PT, ((0, 0), (0, -T % rows)), constant_values=T)
         return jax.lax.dynamic_slice_in_dim(table_PT, turn * rows, rows, axis=1)
 
-    return Round(routes, turn, part(routes.token_PT), part(routes.arrived_PT))
+    return Round(routes, jnp.int32(turn), part(routes.token_PT), part(routes.arrived_PT))
 
 
 def take(x: jax.Array, index: jax.Array, fill=0) -> jax.Array:

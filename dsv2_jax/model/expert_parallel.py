@@ -8,7 +8,7 @@ arrived. A row is expanded to one row per expert in chunks, so that no buffer gr
 Forward and backward are one `shard_map` each, tied by a `custom_vjp`: the backward pass sends hidden states and
 cotangents, computes the experts' intermediate values again, and sends the hidden states' cotangents back. It keeps the
 inputs only: five rows a (token, device) cross in all. Gradients of the weights are added up in float32 over the rows
-of a device, and over devices in the compute dtype, as the weights were gathered.
+of a device and over devices; between devices they travel in the compute dtype, as the weights do.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from dsv2_jax import sharding
 from dsv2_jax.config import ComputeConfig, ConfigError, MoEConfig
 from dsv2_jax.model import exchange
+from dsv2_jax.model.layers import SwiGLU
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels_pallas.tiles import TileLayout, make_layout, tile_size
 from kernels_pallas.token_dispatch import combine, dispatch
@@ -61,63 +62,72 @@ class Setup:
         return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
-def routed(
+def moe_ffn(
     x_BTD: jax.Array,
     expert_BTK: jax.Array,
     gate_BTK: jax.Array,
     weights: tuple[nnx.Param, nnx.Param, nnx.Param],
+    shared: SwiGLU | None,
     moe: MoEConfig,
     compute: ComputeConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """sum_i g_i FFN_i(x) on the ambient mesh, [B, T, D], and the rows that crossed between devices on the way there.
+    """shared(x) + sum_i g_i FFN_i(x) on the ambient mesh, [B, T, D], and how many rows crossed between devices.
 
     Args:
       expert_BTK: global expert numbers; E for a choice that is not computed (padding, dropped).
       weights: gate, up [E, D, F], down [E, F, D], stored as `sharding.parameter_spec` says.
+      shared: the shared experts, if there are any; computed while rows travel.
     """
     mesh = sharding.ambient()
     stored = tuple(sharding.parameter_spec(w.get_metadata("axes"), w[...].shape, mesh) for w in weights)
-    setup = Setup(moe, compute, mesh, stored)
     B, T, _ = x_BTD.shape
     # Outside training a batch may not divide: a device without a token of its own still serves the others.
-    pads = (
-        (0, -B % math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)),
-        (0, -T % mesh.shape["context"]),
-        (0, 0),
-    )
-    if any(after for _, after in pads):
-        x_BTD, gate_BTK = (jnp.pad(a, pads) for a in (x_BTD, gate_BTK))
-        expert_BTK = jnp.pad(expert_BTK, pads, constant_values=moe.routed_experts)
-    out_BTD, sent = _routed(setup, x_BTD, expert_BTK, gate_BTK, *(w[...] for w in weights))
-    return out_BTD[:B, :T], sent
+    more_B, more_T = -B % math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES), -T % mesh.shape["context"]
+    if more_B or more_T:
+        more = ((0, more_B), (0, more_T), (0, 0))
+        x_BTD, gate_BTK = jnp.pad(x_BTD, more), jnp.pad(gate_BTK, more)
+        expert_BTK = jnp.pad(expert_BTK, more, constant_values=moe.routed_experts)
+    weights = tuple(w[...] for w in weights)
+    out_BTD, crossed = _moe_ffn(Setup(moe, compute, mesh, stored), x_BTD, expert_BTK, gate_BTK, weights, shared)
+    return out_BTD[:B, :T], crossed
+
+
+def _shared(shared: SwiGLU | None, x_BTD: jax.Array) -> jax.Array:
+    with jax.named_scope("shared"):
+        return jnp.zeros_like(x_BTD) if shared is None else shared(x_BTD)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _routed(setup: Setup, x_BTD, expert_BTK, gate_BTK, *weights):
-    function = setup.map(_forward, (TOKENS, TOKENS, TOKENS, *setup.stored), (TOKENS, PartitionSpec()))
-    return function(x_BTD, expert_BTK, gate_BTK, *weights)
+def _moe_ffn(setup: Setup, x_BTD, expert_BTK, gate_BTK, weights, shared):
+    inputs, outputs = (TOKENS, TOKENS, TOKENS, setup.stored, TOKENS), (TOKENS, PartitionSpec())
+    return setup.map(_forward, inputs, outputs)(x_BTD, expert_BTK, gate_BTK, weights, _shared(shared, x_BTD))
 
 
-def _routed_forward(setup, *arguments):
-    return _routed(setup, *arguments), arguments
+def _moe_ffn_forward(setup, *arguments):
+    return _moe_ffn(setup, *arguments), arguments
 
 
-def _routed_backward(setup, arguments, cotangents):
-    function = setup.map(_backward, (TOKENS, TOKENS, TOKENS, *setup.stored, TOKENS), (TOKENS, TOKENS, *setup.stored))
-    dx_BTD, dgate_BTK, *dweights = function(*arguments, cotangents[0])
-    return dx_BTD, None, dgate_BTK, *dweights
+def _moe_ffn_backward(setup, arguments, cotangents):
+    x_BTD, expert_BTK, gate_BTK, weights, shared = arguments
+    dout_BTD, _ = cotangents
+    _, pull = jax.vjp(_shared, shared, x_BTD)
+    dshared, dx_BTD = pull(dout_BTD)
+    inputs, outputs = (TOKENS, TOKENS, TOKENS, setup.stored, TOKENS, TOKENS), (TOKENS, TOKENS, setup.stored)
+    backward = setup.map(_backward, inputs, outputs)
+    dx_BTD, dgate_BTK, dweights = backward(x_BTD, expert_BTK, gate_BTK, weights, dout_BTD, dx_BTD)
+    return dx_BTD, None, dgate_BTK, dweights, dshared
 
 
-_routed.defvjp(_routed_forward, _routed_backward)
+_moe_ffn.defvjp(_moe_ffn_forward, _moe_ffn_backward)
 
 
 # --- on one device ---------------------------------------------------------------------------------------------------
 
 
-def _gather(setup: Setup, *masters: jax.Array) -> tuple[jax.Array, ...]:
-    """This device's experts, cast by the caller: whole but for `expert` and `tensor`."""
-    kept = ("expert", "tensor")
-    return tuple(sharding.gather(w, spec, kept) for w, spec in zip(masters, setup.stored, strict=True))
+def _gather(setup: Setup, masters: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """This device's experts, whole but for `expert` and `tensor`."""
+    pairs = zip(masters, setup.stored, strict=True)
+    return tuple(sharding.gather(w, spec, kept=("expert", "tensor")) for w, spec in pairs)
 
 
 def _enter(setup: Setup, x_BTD, expert_BTK, gate_BTK):
@@ -127,58 +137,86 @@ def _enter(setup: Setup, x_BTD, expert_BTK, gate_BTK):
     rows = exchange.rows_per_peer(setup.moe, setup.devices, B, T, setup.compute.expert_slack)
     rounds = 1
     if rows < B * T:
-        rounds = jax.lax.pmax(-(-jnp.max(routes.counts_PP) // rows), sharding.MESH_AXES)
+        rounds = jnp.maximum(-(-jnp.max(routes.counts_PP) // rows), 1)
+        rounds = jax.lax.pmax(rounds, sharding.MESH_AXES)
     return x_BTD.reshape(B * T, D), routes, rows, rounds
 
 
-def _over_rounds(body, carry, routes, rows: int, rounds):
-    """Folds `body(round, carry)` over the rounds. The first stands alone: what is independent overlaps with it."""
+def _over_rounds(this_round, rounds, send, compute, collect, total_TD, carry, meanwhile_BTD):
+    """Adds to `total_TD` what comes back in all rounds; also gives the last `carry`.
 
-    def step(turn, carry):
-        return body(exchange.make_round(routes, turn, rows), carry)
+    Args:
+      send, compute, collect: round -> received; round, received, carry -> results [R, D], carry; results, round ->
+        what to add, [T, D].
+      meanwhile_BTD: independent of all this; computed before the experts, so that the first rows travel meanwhile.
+    """
+    received, meanwhile_BTD = jax.lax.optimization_barrier((send(this_round(0)), meanwhile_BTD))
+    if isinstance(rounds, int):
+        results_RD, carry = compute(this_round(0), received, carry)
+        return total_TD + collect(results_RD, this_round(0)), carry, meanwhile_BTD
 
-    carry = step(jnp.int32(0), carry)
-    return carry if isinstance(rounds, int) else jax.lax.fori_loop(1, rounds, step, carry)
+    def next_round(turn, received, results_RD, total_TD):
+        return send(this_round(turn)), total_TD + collect(results_RD, this_round(turn - 1))
+
+    def first_round(turn, received, results_RD, total_TD):
+        return received, total_TD
+
+    def step(turn, state):  # the experts stand once in the program, the collectives of the only usual round outside
+        received, results_RD, total_TD, carry = state
+        received, total_TD = jax.lax.cond(turn > 0, next_round, first_round, turn, received, results_RD, total_TD)
+        results_RD, carry = compute(this_round(turn), received, carry)
+        return received, results_RD, total_TD, carry
+
+    empty_RD = jnp.zeros_like(jax.tree.leaves(received)[0])
+    _, results_RD, total_TD, carry = jax.lax.fori_loop(0, rounds, step, (received, empty_RD, total_TD, carry))
+    return total_TD + collect(results_RD, this_round(rounds - 1)), carry, meanwhile_BTD
 
 
-def _forward(setup: Setup, x_BTD, expert_BTK, gate_BTK, *masters):
+def _forward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters, shared_BTD):
     send, collect = setup.transport
     x_TD, routes, rows, rounds = _enter(setup, x_BTD, expert_BTK, gate_BTK)
-    weights = _gather(setup, *(w.astype(x_BTD.dtype) for w in masters))
+    weights = _gather(setup, tuple(w.astype(x_BTD.dtype) for w in masters))
 
-    def body(this, out_TD):
-        expert_RK, gate_RK = exchange.choices(this, setup.local_experts)
-        y_RD = _experts(setup, send(x_TD, this), expert_RK, gate_RK, weights)
-        return out_TD + collect(y_RD, this)
+    def compute(this, x_RD, carry):
+        return _experts(setup, x_RD, *exchange.choices(this, setup.local_experts), weights), carry
 
-    out_TD = _over_rounds(body, jnp.zeros(x_TD.shape, jnp.float32), routes, rows, rounds)
-    out_BTD = jax.lax.psum(out_TD.astype(x_BTD.dtype), "tensor").reshape(x_BTD.shape)
+    this_round = functools.partial(exchange.make_round, routes, rows)
+    total_TD = jnp.zeros(x_TD.shape, jnp.float32)
+    send = functools.partial(send, x_TD)
+    out_TD, _, shared_BTD = _over_rounds(this_round, rounds, send, compute, collect, total_TD, (), shared_BTD)
+    out_BTD = shared_BTD + jax.lax.psum(out_TD.astype(x_BTD.dtype), "tensor").reshape(x_BTD.shape)
     return out_BTD, jax.lax.psum(routes.sent, (*sharding.BATCH_AXES, "context"))
 
 
-def _backward(setup: Setup, x_BTD, expert_BTK, gate_BTK, *rest):
+def _backward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters, dout_BTD, dx_shared_BTD):
     send, collect = setup.transport
-    *masters, dout_BTD = rest
     x_TD, routes, rows, rounds = _enter(setup, x_BTD, expert_BTK, gate_BTK)
     dout_TD = dout_BTD.reshape(x_TD.shape)
-    weights, scatter = jax.vjp(functools.partial(_gather, setup), *(w.astype(x_BTD.dtype) for w in masters))
+    weights = _gather(setup, tuple(w.astype(x_BTD.dtype) for w in masters))
 
-    def body(this, carry):
-        dx_TD, dgate_PTK, dweights = carry
-        expert_RK, gate_RK = exchange.choices(this, setup.local_experts)
-        rows = send(x_TD, this), send(dout_TD, this)
-        dx_RD, dgate_RK, dweights = _experts_backward(setup, *rows, expert_RK, gate_RK, weights, dweights)
-        return dx_TD + collect(dx_RD, this), dgate_PTK + exchange.to_choices(dgate_RK, this), dweights
+    def send_both(this):
+        return send(x_TD, this), send(dout_TD, this)
 
+    def compute(this, received, carry):
+        dgate_PTK, dweights = carry
+        choices = exchange.choices(this, setup.local_experts)
+        dx_RD, dgate_RK, dweights = _experts_backward(setup, *received, *choices, weights, dweights)
+        return dx_RD, (dgate_PTK + exchange.to_choices(dgate_RK, this), dweights)
+
+    this_round = functools.partial(exchange.make_round, routes, rows)
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-    carry = zeros(x_TD.shape), zeros(routes.gate_PTK.shape), tuple(zeros(w.shape) for w in weights)
-    dx_TD, dgate_PTK, dweights = _over_rounds(body, carry, routes, rows, rounds)
-    dx_BTD = jax.lax.psum(dx_TD.astype(x_BTD.dtype), "tensor").reshape(x_BTD.shape)
+    carry = zeros(routes.gate_PTK.shape), tuple(zeros(w.shape) for w in weights)
+    dx_TD, carry, dx_shared_BTD = _over_rounds(
+        this_round, rounds, send_both, compute, collect, zeros(x_TD.shape), carry, dx_shared_BTD
+    )
+    dgate_PTK, dweights = carry
+    dx_BTD = dx_shared_BTD + jax.lax.psum(dx_TD.astype(x_BTD.dtype), "tensor").reshape(x_BTD.shape)
     dgate_TK = jax.lax.psum(exchange.gates_back(dgate_PTK), "tensor")
-    dmasters = scatter(tuple(dw.astype(x_BTD.dtype) for dw in dweights))
-    dmasters = (_add_copies(dw, spec) for dw, spec in zip(dmasters, setup.stored, strict=True))
-    dmasters = (dw.astype(w.dtype) for dw, w in zip(dmasters, masters, strict=True))
-    return dx_BTD, dgate_TK.reshape(gate_BTK.shape), *dmasters
+    dmasters = (
+        _add_copies(sharding.scatter(dw.astype(x_BTD.dtype), spec, kept=("expert", "tensor")), spec)
+        for dw, spec in zip(dweights, setup.stored, strict=True)
+    )
+    return dx_BTD, dgate_TK.reshape(gate_BTK.shape), tuple(d.astype(w.dtype) for d, w in zip(dmasters, masters))
 
 
 def _add_copies(dw: jax.Array, spec: PartitionSpec) -> jax.Array:

@@ -8,7 +8,8 @@ from flax import nnx
 
 from dsv2_jax import sharding
 from dsv2_jax.config import ModelConfig
-from dsv2_jax.model import expert_parallel, router
+from dsv2_jax.model import router
+from dsv2_jax.model.expert_parallel import moe_ffn
 from dsv2_jax.model.layers import SwiGLU, parameter
 from dsv2_jax.types import MoEStats
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
@@ -38,28 +39,26 @@ class MoE(nnx.Module):
             y32_BTD, exact = y_BTD.astype(jnp.float32), jax.lax.Precision.HIGHEST
             logits_BTE = jnp.einsum("btd,de->bte", y32_BTD, self.centroids[...], precision=exact)
             routing = router.route(logits_BTE, real_BT, self.config, training=training, protected_B=protected_B)
-        with jax.named_scope("routed"):
-            out_BTD, crossed = self.routed(y_BTD, routing)
-        if self.config.shared_experts:
-            with jax.named_scope("shared"):
-                out_BTD += self.shared(y_BTD)
-        return out_BTD, dataclasses.replace(routing.stats, crossed=crossed)
-
-    def routed(self, y_BTD: jax.Array, routing: router.Routing) -> tuple[jax.Array, jax.Array]:
-        """sum_i g_i FFN_i(y): tokens to rows sorted by expert, each expert on its rows, rows back to tokens.
-
-        On a mesh the rows go to the devices of their experts and back; the second result is how many crossed.
-        """
-        weights = self.gate, self.up, self.down
+        shared = self.shared if self.config.shared_experts else None
         if sharding.ambient() is not None:
-            choices = routing.expert_BTK, routing.gate_BTK
-            return expert_parallel.routed(y_BTD, *choices, weights, self.config, self.compute)
+            choices, weights = (routing.expert_BTK, routing.gate_BTK), (self.gate, self.up, self.down)
+            out_BTD, crossed = moe_ffn(y_BTD, *choices, weights, shared, self.config, self.compute)
+            return out_BTD, dataclasses.replace(routing.stats, crossed=crossed)
+        with jax.named_scope("routed"):
+            out_BTD = self.routed(y_BTD, routing)
+        if shared is not None:
+            with jax.named_scope("shared"):
+                out_BTD += shared(y_BTD)
+        return out_BTD, routing.stats
+
+    def routed(self, y_BTD: jax.Array, routing: router.Routing) -> jax.Array:
+        """sum_i g_i FFN_i(y): tokens to rows sorted by expert, each expert on its rows, rows back to tokens."""
         (B, T, D), K = y_BTD.shape, self.config.experts_per_token
         E, matmul, moving = self.config.routed_experts, self.compute.grouped_matmul, self.compute.token_dispatch
         layout = make_layout(routing.expert_BTK.reshape(B * T, K), E, tile_size(B * T * K, E))
-        gate_EDF, up_EDF, down_EFD = (w[...].astype(y_BTD.dtype) for w in weights)
+        gate_EDF, up_EDF, down_EFD = (w[...].astype(y_BTD.dtype) for w in (self.gate, self.up, self.down))
         x_GD = dispatch(y_BTD.reshape(B * T, D), layout, implementation=moving)
         h_GF = grouped_swiglu(x_GD, gate_EDF, up_EDF, layout, implementation=matmul)
         o_GD = grouped_matmul(h_GF, down_EFD, layout, implementation=matmul)
         out_TD = combine(o_GD, routing.gate_BTK.reshape(B * T, K), layout, implementation=moving)
-        return out_TD.reshape(B, T, D), jnp.float32(0)
+        return out_TD.reshape(B, T, D)

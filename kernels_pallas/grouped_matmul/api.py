@@ -2,11 +2,11 @@
 
 import jax
 
-from kernels_pallas.grouped_matmul import reference, xla
+from kernels_pallas.grouped_matmul import ragged, reference, tpu, xla
 from kernels_pallas.select import select
 from kernels_pallas.tiles import TileLayout
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+IMPLEMENTATIONS = {"tpu": tpu, "ragged_dot": ragged, "xla": xla, "reference": reference}  # fastest first
 
 
 def _validate(x_GD: jax.Array, weights: list[jax.Array], layout: TileLayout) -> None:
@@ -23,7 +23,8 @@ def _validate(x_GD: jax.Array, weights: list[jax.Array], layout: TileLayout) -> 
 def grouped_matmul(x_GD: jax.Array, w_EDF: jax.Array, layout: TileLayout, *, implementation: str = "auto") -> jax.Array:
     """y_GF: each row times the weights of its tile's expert, added in float32. Rows of dead tiles are zero."""
     _validate(x_GD, [w_EDF], layout)
-    return select("grouped_matmul", implementation, IMPLEMENTATIONS).grouped_matmul(x_GD, w_EDF, layout)
+    chosen = select("grouped_matmul", implementation, IMPLEMENTATIONS, x_GD, [w_EDF], layout)
+    return chosen.grouped_matmul(x_GD, w_EDF, layout)
 
 
 def grouped_swiglu(
@@ -31,4 +32,5 @@ def grouped_swiglu(
 ) -> jax.Array:
     """h_GF = silu(x gate) * (x up) by the weights of each tile's expert, in one pass over the rows."""
     _validate(x_GD, [gate_EDF, up_EDF], layout)
-    return select("grouped_matmul", implementation, IMPLEMENTATIONS).grouped_swiglu(x_GD, gate_EDF, up_EDF, layout)
+    chosen = select("grouped_matmul", implementation, IMPLEMENTATIONS, x_GD, [gate_EDF, up_EDF], layout)
+    return chosen.grouped_swiglu(x_GD, gate_EDF, up_EDF, layout)

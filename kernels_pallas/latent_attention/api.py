@@ -5,7 +5,7 @@ import jax
 from kernels_pallas.latent_attention import reference, xla
 from kernels_pallas.select import select
 
-IMPLEMENTATIONS = {"reference": reference.latent_attention, "xla": xla.latent_attention}
+IMPLEMENTATIONS = {"xla": xla, "reference": reference}  # fastest first
 
 
 def latent_attention(
@@ -30,5 +30,5 @@ def latent_attention(
         raise ValueError(
             f"q {q_BTNC.shape}, cache {cache_BSC.shape}, offset {offset_B.shape}, R={value_dim} do not fit"
         )
-    attention = select("latent_attention", implementation, IMPLEMENTATIONS)
-    return attention(q_BTNC, cache_BSC, offset_B, value_dim, scale)
+    arguments = q_BTNC, cache_BSC, offset_B, value_dim, scale
+    return select("latent_attention", implementation, IMPLEMENTATIONS, *arguments).latent_attention(*arguments)

@@ -305,10 +305,25 @@ def estimate(job: Job, topology: Topology, state) -> Estimate:
     return Estimate(memory, sent, work, moved, seconds, transports(job, topology))
 
 
+def estimate_decoding(job: Job, topology: Topology, model) -> Estimate:
+    """The same for one decoded token a sequence, each with a cache of `job.length`; `model` is abstract, as it decodes.
+
+    Every weight and the whole cache are read once; what is sent depends on where the compiler keeps them.
+    """
+    config, width = job.model, jnp.dtype(job.model.compute.dtype).itemsize
+    cache = job.per_device * job.length * counting.cached_elements(config) * width
+    memory = {"parameters": stored_bytes(model, job.mesh), "cache": cache}
+    work = counting.decode_flops_per_token(config, job.length) * job.batch / job.devices
+    seconds = {"compute": work / topology.chip.flops, "hbm": sum(memory.values()) / topology.chip.hbm_bandwidth}
+    flops = {"model": work, "with_recomputation": work}
+    return Estimate(memory, [], flops, sum(memory.values()), seconds | {"network": 0.0}, {})
+
+
 def utilisation(model_flops: float, step_seconds: float, topology: Topology) -> float:
     """Model FLOPs over what the chip could have done in the time: recomputation does not count."""
     return model_flops / (step_seconds * topology.chip.flops)
 
 
-def device_hours_per_trillion_tokens(job: Job, step_seconds: float) -> float:
-    return 1e12 / job.tokens * step_seconds * job.devices / 3600
+def device_hours_per_trillion(tokens: int, step_seconds: float, devices: int) -> float:
+    """Device-hours for 1e12 tokens at `tokens` a step."""
+    return 1e12 / tokens * step_seconds * devices / 3600

@@ -222,10 +222,12 @@ class Loops:
         after = _add(after, 0) if not isinstance(after, Element) else after
         if not isinstance(after, Element) or after.index != left.index or after.plus == 0:
             return None
-        distance = right - start[left.index] - left.plus
-        if direction in ("LE", "GE"):
-            distance += 1 if direction == "LE" else -1
-        return max(0, math.ceil(distance / after.plus))
+        first, step = start[left.index] + left.plus, after.plus
+        if direction != "NE" and (direction[0] == "L") != (step > 0):  # it moves away from its end
+            holds = first < right + (direction == "LE") if direction[0] == "L" else first > right - (direction == "GE")
+            return None if holds else 0
+        distance = right - first + {"LE": 1, "GE": -1}.get(direction, 0)
+        return max(0, math.ceil(distance / step))
 
     def _compare(self, computation: str, parameters):
         """(left, right, direction) of the comparison that a condition's root is, through fusions."""

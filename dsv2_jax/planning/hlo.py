@@ -15,6 +15,7 @@ BYTES = {"pred": 1, "token": 0, "opaque": 0}  # the others are told from their n
 class Shape:
     dtype: str
     dims: tuple[int, ...]
+    layout: str = ""  # 1,0:T(8,128)S(1) and the like
 
     @property
     def size(self) -> int:
@@ -23,6 +24,24 @@ class Shape:
     @property
     def nbytes(self) -> int:
         return math.ceil(self.size * _bits(self.dtype) / 8)
+
+    @property
+    def in_hbm(self) -> bool:
+        """Whether it lies in the device's main memory, rather than on chip or with the host."""
+        return not re.search(r"S\([1-9]", self.layout)
+
+    @property
+    def padded_bytes(self) -> int:
+        """Bytes with the padding of its tiles: the most minor dimensions are filled up to whole tiles."""
+        tile = match(r"T\(([\d,]+)\)", self.layout)
+        order = [int(i) for i in self.layout.split(":")[0].split(",") if i.isdigit()]
+        if tile is None or len(order) != len(self.dims):
+            return self.nbytes
+        dims = [self.dims[i] for i in order]  # the most minor first
+        for i, side in enumerate(reversed([int(n) for n in tile.split(",")])):
+            if i < len(dims):
+                dims[i] = -(-dims[i] // side) * side
+        return math.ceil(math.prod(dims) * _bits(self.dtype) / 8)
 
 
 @functools.cache
@@ -55,7 +74,7 @@ class Instruction:
 
 Computation = dict[str, Instruction]
 
-_SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*->.*\{\s*$")
 _END = re.compile(r"\}(, execution_thread=.*)?$")
@@ -90,7 +109,8 @@ def _close(text: str) -> int:
 
 def shapes_of(text: str) -> tuple[Shape, ...]:
     """All array shapes written in `text`: "(f32[2,3]{1,0:T(8,128)}, s32[])" has two."""
-    return tuple(Shape(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in _SHAPE.findall(text))
+    found = _SHAPE.findall(text)
+    return tuple(Shape(dtype, tuple(map(int, filter(None, dims.split(",")))), layout) for dtype, dims, layout in found)
 
 
 def parse(text: str) -> Module:

@@ -54,8 +54,9 @@ def start_processes(arguments: argparse.Namespace) -> None:
     import jax
 
     place = (arguments.coordinator, arguments.processes, arguments.process)
+    times = {"heartbeat_timeout_seconds": arguments.heartbeat, "shutdown_timeout_seconds": arguments.heartbeat}
     try:
-        jax.distributed.initialize(*place, heartbeat_timeout_seconds=arguments.heartbeat)
+        jax.distributed.initialize(*place, **times)
     except (RuntimeError, ValueError) as error:
         sys.exit(f"{_script()}: error: the processes did not find each other: {str(error).splitlines()[0]}")
 

@@ -149,6 +149,26 @@ def test_gathering_outside_and_inside_a_shard_map():
     np.testing.assert_array_equal(again, param[...])
 
 
+@pytest.mark.parametrize(("text", "shape"), [("fsdp=4,tensor=2", (8, 8)), ("fsdp=2,context=2,tensor=2", (6, 4, 8))])
+def test_scattering_adds_up_what_gathering_gave_out(text, shape):
+    mesh = make_mesh(text)
+    axes = ("embed", "mlp") if len(shape) == 2 else ("kv_latent", "heads", "head_dim")
+    spec = sharding.parameter_spec(axes, shape, mesh)
+    whole = sharding.compute_spec(axes)
+    dw = np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float32)
+    sharers = PartitionSpec(("fsdp", "context"))  # each with a gradient of its own
+
+    def local(dw):
+        return sharding.scatter(dw[0], spec, kept=("tensor",))
+
+    parts = 8 // mesh.shape["tensor"]
+    with sharding.use(mesh):
+        scatter = jax.shard_map(local, in_specs=PartitionSpec(*sharers, *whole), out_specs=spec, check_vma=False)
+        found = jax.jit(scatter)(dw[:parts])
+    np.testing.assert_allclose(found, dw[:parts].sum(0), rtol=1e-5, atol=1e-6)
+    assert found.dtype == jnp.float32
+
+
 def test_without_a_mesh_nothing_moves():
     x = jnp.ones((3, 5))
     assert sharding.constrain(x, "batch", "mlp") is x

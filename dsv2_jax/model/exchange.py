@@ -174,13 +174,18 @@ def _permute(x: jax.Array, steps: int) -> jax.Array:
     return jax.lax.ppermute(x, AXIS, [(p, (p + steps) % P) for p in range(P)]) if steps else x
 
 
-def stepwise_send(x_TD: jax.Array, this: Round) -> jax.Array:
-    """My tokens' vectors to the devices of their experts: the rows [R, D] that arrive here, zeros in between."""
-    return jnp.concatenate([_permute(take(x_TD, token_S), s) for s, token_S in enumerate(this.token_PS)])
+def stepwise_pack(x_TD: jax.Array, this: Round) -> list[jax.Array]:
+    """My tokens' vectors [S, D] for each step; zeros behind them."""
+    return [take(x_TD, token_S) for token_S in this.token_PS]
+
+
+def stepwise_travel(packed: list[jax.Array], this: Round) -> jax.Array:
+    """The rows [R, D] that arrive here, in the order of `choices`; zeros in between."""
+    return jnp.concatenate([_permute(x_SD, s) for s, x_SD in enumerate(packed)])
 
 
 def stepwise_collect(y_RD: jax.Array, this: Round) -> jax.Array:
-    """The transpose of `send`: rows back where they came from, and there added up by token, float32 [T, D]."""
+    """The transpose of both: rows back where they came from, and there added up by token, float32 [T, D]."""
     P, S = this.token_PS.shape
     y_GD = jnp.concatenate([_permute(y_SD, -s) for s, y_SD in enumerate(y_RD.reshape(P, S, -1))])
     step_TM, row_TM, now_TM = _step_and_row(this)
@@ -190,8 +195,8 @@ def stepwise_collect(y_RD: jax.Array, this: Round) -> jax.Array:
 # --- ragged: one collective with the exact bytes, on TPU and GPU ------------------------------------------------------
 
 
-def _sizes(this: Round) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows [P, P] from device to device in this round, where they start among those the first one sends, and R."""
+def _sizes(this: Round) -> tuple[jax.Array, jax.Array]:
+    """Rows [P, P] from device to device in this round, and where they start among all that the first one sends."""
     S = this.token_PS.shape[1]
     n_PP = jnp.clip(this.routes.counts_PP - this.turn * S, 0, S)
     return n_PP, jnp.cumsum(n_PP, axis=1, dtype=jnp.int32) - n_PP
@@ -202,30 +207,40 @@ def _send_rows(this: Round) -> int:
     return min(this.token_PS.size, this.routes.place_TM.size)
 
 
-def ragged_send(x_TD: jax.Array, this: Round) -> jax.Array:
-    """As `stepwise_send`. The operand holds what goes out without gaps, ordered by the receiver's number."""
-    (P, S), me, device_P = this.token_PS.shape, jax.lax.axis_index(AXIS), jnp.arange(this.token_PS.shape[0])
+def ragged_pack(x_TD: jax.Array, this: Round) -> jax.Array:
+    """My tokens' vectors [G, D], without gaps, ordered by the receiver's number."""
+    (P, S), me = this.token_PS.shape, jax.lax.axis_index(AXIS)
     n_PP, first_PP = _sizes(this)
     row_G = jnp.arange(_send_rows(this), dtype=jnp.int32)
     to_G = jnp.searchsorted(first_PP[me] + n_PP[me], row_G, side="right")
-    inside_G = (to_G - me) % P * S + row_G - take(first_PP[me], to_G)
-    token_G = take(this.token_PS.reshape(-1), jnp.where(to_G < P, inside_G, P * S), x_TD.shape[0])
-    start_P = (device_P - me) % P * S  # in the receiver's buffer
-    empty_RD = jnp.zeros((P * S, x_TD.shape[1]), x_TD.dtype)
-    operand_GD = take(x_TD, token_G)
-    return jax.lax.ragged_all_to_all(operand_GD, empty_RD, first_PP[me], n_PP[me], start_P, n_PP[:, me], axis_name=AXIS)
+    place_G = (to_G - me) % P * S + row_G - take(first_PP[me], to_G)
+    return take(x_TD, take(this.token_PS.reshape(-1), jnp.where(to_G < P, place_G, P * S), x_TD.shape[0]))
+
+
+def ragged_travel(packed_GD: jax.Array, this: Round) -> jax.Array:
+    """As `stepwise_travel`."""
+    (P, S), me = this.token_PS.shape, jax.lax.axis_index(AXIS)
+    n_PP, first_PP = _sizes(this)
+    start_P = (jnp.arange(P, dtype=jnp.int32) - me) % P * S  # in the receiver's buffer
+    empty_RD = jnp.zeros((P * S, packed_GD.shape[1]), packed_GD.dtype)
+    sizes = first_PP[me], n_PP[me], start_P, n_PP[:, me]
+    return jax.lax.ragged_all_to_all(packed_GD, empty_RD, *sizes, axis_name=AXIS)
 
 
 def ragged_collect(y_RD: jax.Array, this: Round) -> jax.Array:
     """As `stepwise_collect`."""
-    (P, S), me, device_P = this.token_PS.shape, jax.lax.axis_index(AXIS), jnp.arange(this.token_PS.shape[0])
+    (P, S), me = this.token_PS.shape, jax.lax.axis_index(AXIS)
     n_PP, first_PP = _sizes(this)
+    start_P = (me - jnp.arange(P, dtype=jnp.int32)) % P * S  # in my buffer
     empty_GD = jnp.zeros((_send_rows(this), y_RD.shape[1]), y_RD.dtype)
-    start_P = (me - device_P) % P * S  # in my buffer
-    y_GD = jax.lax.ragged_all_to_all(y_RD, empty_GD, start_P, n_PP[:, me], first_PP[:, me], n_PP[me], axis_name=AXIS)
+    sizes = start_P, n_PP[:, me], first_PP[:, me], n_PP[me]
+    y_GD = jax.lax.ragged_all_to_all(y_RD, empty_GD, *sizes, axis_name=AXIS)
     step_TM, row_TM, now_TM = _step_and_row(this)
     row_TM = take(first_PP[me], (me + step_TM) % P) + row_TM
     return _sum_of(y_GD, jnp.where(now_TM, row_TM, y_GD.shape[0]))
 
 
-TRANSPORTS = {"stepwise": (stepwise_send, stepwise_collect), "ragged": (ragged_send, ragged_collect)}
+TRANSPORTS = {
+    "stepwise": (stepwise_pack, stepwise_travel, stepwise_collect),
+    "ragged": (ragged_pack, ragged_travel, ragged_collect),
+}

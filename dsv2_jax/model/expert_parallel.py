@@ -23,8 +23,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from dsv2_jax import sharding
 from dsv2_jax.config import ComputeConfig, ConfigError, MoEConfig
 from dsv2_jax.model import exchange
-from dsv2_jax.model.layers import SwiGLU
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
+from kernels_pallas.swiglu import swiglu
 from kernels_pallas.tiles import TileLayout, make_layout, tile_size
 from kernels_pallas.token_dispatch import combine, dispatch
 
@@ -38,7 +38,8 @@ class Setup:
     moe: MoEConfig
     compute: ComputeConfig
     mesh: AbstractMesh
-    stored: tuple[PartitionSpec, ...]  # of gate, up, down
+    stored: tuple[PartitionSpec, ...]  # how the weights lie: gate, up, down of the routed experts, of the shared ones
+    used: tuple[PartitionSpec, ...]  # how they are used
 
     @property
     def devices(self) -> int:
@@ -50,7 +51,7 @@ class Setup:
 
     @property
     def transport(self):
-        """(send, collect)."""
+        """(pack, travel, collect)."""
         name, device = self.compute.expert_transport, self.mesh.abstract_device
         if name == "ragged" and device is not None and device.platform == "cpu":
             raise ConfigError("ComputeConfig.expert_transport='ragged': CPUs have no ragged_all_to_all; use 'stepwise'")
@@ -66,20 +67,21 @@ def moe_ffn(
     x_BTD: jax.Array,
     expert_BTK: jax.Array,
     gate_BTK: jax.Array,
-    weights: tuple[nnx.Param, nnx.Param, nnx.Param],
-    shared: SwiGLU | None,
+    weights: tuple[nnx.Param, ...],
     moe: MoEConfig,
     compute: ComputeConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """shared(x) + sum_i g_i FFN_i(x) on the ambient mesh, [B, T, D], and how many rows crossed between devices.
+    """Shared and routed experts on the ambient mesh, [B, T, D], and how many rows crossed between devices.
 
     Args:
       expert_BTK: global expert numbers; E for a choice that is not computed (padding, dropped).
-      weights: gate, up [E, D, F], down [E, F, D], stored as `sharding.parameter_spec` says.
-      shared: the shared experts, if there are any; computed while rows travel.
+      weights: gate, up [E, D, F], down [E, F, D], stored as `sharding.parameter_spec` says; then, if there are shared
+        experts, their gate, up [D, S], down [S, D].
     """
     mesh = sharding.ambient()
-    stored = tuple(sharding.parameter_spec(w.get_metadata("axes"), w[...].shape, mesh) for w in weights)
+    axes = tuple(w.get_metadata("axes") for w in weights)
+    stored = tuple(sharding.parameter_spec(names, w[...].shape, mesh) for names, w in zip(axes, weights, strict=True))
+    setup = Setup(moe, compute, mesh, stored, tuple(map(sharding.compute_spec, axes)))
     B, T, _ = x_BTD.shape
     # Outside training a batch may not divide: a device without a token of its own still serves the others.
     more_B, more_T = -B % math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES), -T % mesh.shape["context"]
@@ -87,20 +89,14 @@ def moe_ffn(
         more = ((0, more_B), (0, more_T), (0, 0))
         x_BTD, gate_BTK = jnp.pad(x_BTD, more), jnp.pad(gate_BTK, more)
         expert_BTK = jnp.pad(expert_BTK, more, constant_values=moe.routed_experts)
-    weights = tuple(w[...] for w in weights)
-    out_BTD, crossed = _moe_ffn(Setup(moe, compute, mesh, stored), x_BTD, expert_BTK, gate_BTK, weights, shared)
+    out_BTD, crossed = _moe_ffn(setup, x_BTD, expert_BTK, gate_BTK, tuple(w[...] for w in weights))
     return out_BTD[:B, :T], crossed
 
 
-def _shared(shared: SwiGLU | None, x_BTD: jax.Array) -> jax.Array:
-    with jax.named_scope("shared"):
-        return jnp.zeros_like(x_BTD) if shared is None else shared(x_BTD)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _moe_ffn(setup: Setup, x_BTD, expert_BTK, gate_BTK, weights, shared):
-    inputs, outputs = (TOKENS, TOKENS, TOKENS, setup.stored, TOKENS), (TOKENS, PartitionSpec())
-    return setup.map(_forward, inputs, outputs)(x_BTD, expert_BTK, gate_BTK, weights, _shared(shared, x_BTD))
+def _moe_ffn(setup: Setup, x_BTD, expert_BTK, gate_BTK, weights):
+    forward = setup.map(_forward, (TOKENS, TOKENS, TOKENS, setup.stored), (TOKENS, PartitionSpec()))
+    return forward(x_BTD, expert_BTK, gate_BTK, weights)
 
 
 def _moe_ffn_forward(setup, *arguments):
@@ -108,14 +104,9 @@ def _moe_ffn_forward(setup, *arguments):
 
 
 def _moe_ffn_backward(setup, arguments, cotangents):
-    x_BTD, expert_BTK, gate_BTK, weights, shared = arguments
-    dout_BTD, _ = cotangents
-    _, pull = jax.vjp(_shared, shared, x_BTD)
-    dshared, dx_BTD = pull(dout_BTD)
-    inputs, outputs = (TOKENS, TOKENS, TOKENS, setup.stored, TOKENS, TOKENS), (TOKENS, TOKENS, setup.stored)
-    backward = setup.map(_backward, inputs, outputs)
-    dx_BTD, dgate_BTK, dweights = backward(x_BTD, expert_BTK, gate_BTK, weights, dout_BTD, dx_BTD)
-    return dx_BTD, None, dgate_BTK, dweights, dshared
+    inputs, outputs = (TOKENS, TOKENS, TOKENS, setup.stored, TOKENS), (TOKENS, TOKENS, setup.stored)
+    dx_BTD, dgate_BTK, dweights = setup.map(_backward, inputs, outputs)(*arguments, cotangents[0])
+    return dx_BTD, None, dgate_BTK, dweights
 
 
 _moe_ffn.defvjp(_moe_ffn_forward, _moe_ffn_backward)
@@ -125,9 +116,11 @@ _moe_ffn.defvjp(_moe_ffn_forward, _moe_ffn_backward)
 
 
 def _gather(setup: Setup, masters: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """This device's experts, whole but for `expert` and `tensor`."""
-    pairs = zip(masters, setup.stored, strict=True)
-    return tuple(sharding.gather(w, spec, kept=("expert", "tensor")) for w, spec in pairs)
+    """Stored weights, already in the compute dtype, as they are used: this device's experts and widths."""
+    return tuple(
+        sharding.gather(w, stored, kept=tuple(name for name in used if name))
+        for w, stored, used in zip(masters, setup.stored, setup.used, strict=True)
+    )
 
 
 def _enter(setup: Setup, x_BTD, expert_BTK, gate_BTK):
@@ -139,84 +132,84 @@ def _enter(setup: Setup, x_BTD, expert_BTK, gate_BTK):
     if rows < B * T:
         rounds = jnp.maximum(-(-jnp.max(routes.counts_PP) // rows), 1)
         rounds = jax.lax.pmax(rounds, sharding.MESH_AXES)
-    return x_BTD.reshape(B * T, D), routes, rows, rounds
+    return x_BTD.reshape(B * T, D), routes, functools.partial(exchange.make_round, routes, rows), rounds
 
 
-def _over_rounds(this_round, rounds, send, compute, collect, total_TD, carry, meanwhile_BTD):
-    """Adds to `total_TD` what comes back in all rounds; also gives the last `carry`.
+def _over_rounds(setup: Setup, tokens, this_round, rounds, compute, carry, meanwhile):
+    """Sends the vectors of `tokens` (a tuple of [T, D]) out, and adds up what comes back, in all rounds.
 
     Args:
-      send, compute, collect: round -> received; round, received, carry -> results [R, D], carry; results, round ->
-        what to add, [T, D].
-      meanwhile_BTD: independent of all this; computed before the experts, so that the first rows travel meanwhile.
+      compute: round, the rows that arrived of each of `tokens`, carry -> rows to send back [R, D], carry.
+      meanwhile: of `tokens`, independent of the exchange; the first rows travel while it is computed.
+
+    Returns:
+      The sum [T, D] in float32, the last carry, and what `meanwhile` gave.
     """
-    received, meanwhile_BTD = jax.lax.optimization_barrier((send(this_round(0)), meanwhile_BTD))
+    pack, travel, collect = setup.transport
+
+    # The scheduler is free to compute `meanwhile` at any time. It is between the two barriers, as the first rows are.
+    packed, tokens_now = jax.lax.optimization_barrier(([pack(x_TD, this_round(0)) for x_TD in tokens], tokens))
+    arrived = tuple(travel(part, this_round(0)) for part in packed)
+    arrived, aside = jax.lax.optimization_barrier((arrived, meanwhile(*tokens_now)))
+    total_TD = jnp.zeros(tokens[0].shape, jnp.float32)
     if isinstance(rounds, int):
-        results_RD, carry = compute(this_round(0), received, carry)
-        return total_TD + collect(results_RD, this_round(0)), carry, meanwhile_BTD
+        back_RD, carry = compute(this_round(0), arrived, carry)
+        return collect(back_RD, this_round(0)), carry, aside
 
-    def next_round(turn, received, results_RD, total_TD):
-        return send(this_round(turn)), total_TD + collect(results_RD, this_round(turn - 1))
+    def next_round(turn, arrived, back_RD, total_TD):
+        here = this_round(turn)
+        return tuple(travel(pack(x_TD, here), here) for x_TD in tokens), total_TD + collect(
+            back_RD, this_round(turn - 1)
+        )
 
-    def first_round(turn, received, results_RD, total_TD):
-        return received, total_TD
+    def step(turn, state):  # the experts are compiled once, the collectives of the usual single round lie outside
+        *moving, carry = state
+        arrived, total_TD = jax.lax.cond(turn > 0, next_round, lambda _, *same: (same[0], same[2]), turn, *moving)
+        back_RD, carry = compute(this_round(turn), arrived, carry)
+        return arrived, back_RD, total_TD, carry
 
-    def step(turn, state):  # the experts stand once in the program, the collectives of the only usual round outside
-        received, results_RD, total_TD, carry = state
-        received, total_TD = jax.lax.cond(turn > 0, next_round, first_round, turn, received, results_RD, total_TD)
-        results_RD, carry = compute(this_round(turn), received, carry)
-        return received, results_RD, total_TD, carry
-
-    empty_RD = jnp.zeros_like(jax.tree.leaves(received)[0])
-    _, results_RD, total_TD, carry = jax.lax.fori_loop(0, rounds, step, (received, empty_RD, total_TD, carry))
-    return total_TD + collect(results_RD, this_round(rounds - 1)), carry, meanwhile_BTD
+    state = arrived, jnp.zeros_like(arrived[0]), total_TD, carry
+    _, back_RD, total_TD, carry = jax.lax.fori_loop(0, rounds, step, state)
+    return total_TD + collect(back_RD, this_round(rounds - 1)), carry, aside
 
 
-def _forward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters, shared_BTD):
-    send, collect = setup.transport
-    x_TD, routes, rows, rounds = _enter(setup, x_BTD, expert_BTK, gate_BTK)
+def _forward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters):
+    x_TD, routes, this_round, rounds = _enter(setup, x_BTD, expert_BTK, gate_BTK)
     weights = _gather(setup, tuple(w.astype(x_BTD.dtype) for w in masters))
 
-    def compute(this, x_RD, carry):
-        return _experts(setup, x_RD, *exchange.choices(this, setup.local_experts), weights), carry
+    def compute(this, arrived, carry):
+        return _experts(setup, *arrived, *exchange.choices(this, setup.local_experts), weights[:3]), carry
 
-    this_round = functools.partial(exchange.make_round, routes, rows)
-    total_TD = jnp.zeros(x_TD.shape, jnp.float32)
-    send = functools.partial(send, x_TD)
-    out_TD, _, shared_BTD = _over_rounds(this_round, rounds, send, compute, collect, total_TD, (), shared_BTD)
-    out_BTD = shared_BTD + jax.lax.psum(out_TD.astype(x_BTD.dtype), "tensor").reshape(x_BTD.shape)
-    return out_BTD, jax.lax.psum(routes.sent, (*sharding.BATCH_AXES, "context"))
+    meanwhile = functools.partial(_shared, weights[3:])
+    out_TD, _, shared_TD = _over_rounds(setup, (x_TD,), this_round, rounds, compute, (), meanwhile)
+    out_TD = jax.lax.psum((out_TD + shared_TD).astype(x_BTD.dtype), "tensor")
+    return out_TD.reshape(x_BTD.shape), jax.lax.psum(routes.sent, (*sharding.BATCH_AXES, "context"))
 
 
-def _backward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters, dout_BTD, dx_shared_BTD):
-    send, collect = setup.transport
-    x_TD, routes, rows, rounds = _enter(setup, x_BTD, expert_BTK, gate_BTK)
-    dout_TD = dout_BTD.reshape(x_TD.shape)
-    weights = _gather(setup, tuple(w.astype(x_BTD.dtype) for w in masters))
+def _backward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters, dout_BTD):
+    x_TD, routes, this_round, rounds = _enter(setup, x_BTD, expert_BTK, gate_BTK)
+    weights, scatter = jax.vjp(functools.partial(_gather, setup), tuple(w.astype(x_BTD.dtype) for w in masters))
 
-    def send_both(this):
-        return send(x_TD, this), send(dout_TD, this)
-
-    def compute(this, received, carry):
+    def compute(this, arrived, carry):
         dgate_PTK, dweights = carry
         choices = exchange.choices(this, setup.local_experts)
-        dx_RD, dgate_RK, dweights = _experts_backward(setup, *received, *choices, weights, dweights)
+        dx_RD, dgate_RK, dweights = _experts_backward(setup, *arrived, *choices, weights[:3], dweights)
         return dx_RD, (dgate_PTK + exchange.to_choices(dgate_RK, this), dweights)
 
-    this_round = functools.partial(exchange.make_round, routes, rows)
-    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-    carry = zeros(routes.gate_PTK.shape), tuple(zeros(w.shape) for w in weights)
-    dx_TD, carry, dx_shared_BTD = _over_rounds(
-        this_round, rounds, send_both, compute, collect, zeros(x_TD.shape), carry, dx_shared_BTD
-    )
-    dgate_PTK, dweights = carry
-    dx_BTD = dx_shared_BTD + jax.lax.psum(dx_TD.astype(x_BTD.dtype), "tensor").reshape(x_BTD.shape)
+    def meanwhile(x_TD, dout_TD):
+        _, pull = jax.vjp(_shared, weights[3:], x_TD)
+        return pull(dout_TD)
+
+    carry = jnp.zeros_like(routes.gate_PTK), tuple(jnp.zeros(w.shape, jnp.float32) for w in weights[:3])
+    tokens = x_TD, dout_BTD.reshape(x_TD.shape)
+    dx_TD, carry, aside = _over_rounds(setup, tokens, this_round, rounds, compute, carry, meanwhile)
+    (dgate_PTK, dweights), (dshared, dx_shared_TD) = carry, aside
+    dx_TD = jax.lax.psum((dx_TD + dx_shared_TD).astype(x_BTD.dtype), "tensor")
     dgate_TK = jax.lax.psum(exchange.gates_back(dgate_PTK), "tensor")
-    dmasters = (
-        _add_copies(sharding.scatter(dw.astype(x_BTD.dtype), spec, kept=("expert", "tensor")), spec)
-        for dw, spec in zip(dweights, setup.stored, strict=True)
-    )
-    return dx_BTD, dgate_TK.reshape(gate_BTK.shape), tuple(d.astype(w.dtype) for d, w in zip(dmasters, masters))
+    (dmasters,) = scatter((*(dw.astype(x_BTD.dtype) for dw in dweights), *dshared))
+    dmasters = (_add_copies(dw, spec) for dw, spec in zip(dmasters, setup.stored, strict=True))
+    dmasters = tuple(dw.astype(w.dtype) for dw, w in zip(dmasters, masters, strict=True))
+    return dx_TD.reshape(x_BTD.shape), dgate_TK.reshape(gate_BTK.shape), dmasters
 
 
 def _add_copies(dw: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -226,6 +219,15 @@ def _add_copies(dw: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 # --- the experts of one device ---------------------------------------------------------------------------------------
+
+
+def _shared(weights: tuple[jax.Array, ...], x_TD: jax.Array) -> jax.Array:
+    """The shared experts; over `tensor`, this device's share of the sum. 0 if there are none."""
+    if not weights:
+        return jnp.zeros_like(x_TD)
+    with jax.named_scope("shared"):
+        gate_DF, up_DF, down_FD = weights
+        return jnp.matmul(swiglu(jnp.matmul(x_TD, gate_DF), jnp.matmul(x_TD, up_DF)), down_FD)
 
 
 def _over_chunks(setup: Setup, body, carry, expert_RK: jax.Array):

@@ -41,8 +41,11 @@ class MoE(nnx.Module):
             routing = router.route(logits_BTE, real_BT, self.config, training=training, protected_B=protected_B)
         shared = self.shared if self.config.shared_experts else None
         if sharding.ambient() is not None:
-            choices, weights = (routing.expert_BTK, routing.gate_BTK), (self.gate, self.up, self.down)
-            out_BTD, crossed = moe_ffn(y_BTD, *choices, weights, shared, self.config, self.compute)
+            weights = self.gate, self.up, self.down
+            if shared is not None:
+                weights += shared.gate, shared.up, shared.down
+            choices = routing.expert_BTK, routing.gate_BTK
+            out_BTD, crossed = moe_ffn(y_BTD, *choices, weights, self.config, self.compute)
             return out_BTD, dataclasses.replace(routing.stats, crossed=crossed)
         with jax.named_scope("routed"):
             out_BTD = self.routed(y_BTD, routing)

@@ -1,4 +1,4 @@
-"""What the automatic partitioner would do badly, over all axes of the mesh by hand: embedding, attention, long context.
+"""What the automatic partitioner would do badly, over all axes of the mesh by hand: embedding, top-K, attention.
 
 Each function is the plain one where there is no ambient mesh (sharding.py).
 """
@@ -56,6 +56,15 @@ def embed(tokens_BT: jax.Array, table: nnx.Param, dtype) -> jax.Array:
     rows = activation_spec("batch", "sequence")
     out = activation_spec("batch", "sequence", "embed")
     return jax.shard_map(lookup, in_specs=(rows, spec), out_specs=out)(tokens_BT, table[...])
+
+
+def per_token(function, x_BTE: jax.Array):
+    """`function` of x_BTE, which treats every token alone, each device its own: XLA has whole batches brought together
+    for a top_k on CPUs and GPUs. Its results are [B, T, ...] too."""
+    if sharding.ambient() is None or not sharding.divides(x_BTE, "batch", "sequence", None):
+        return function(x_BTE)
+    spec = activation_spec("batch", "sequence", None)
+    return jax.shard_map(function, in_specs=spec, out_specs=spec)(x_BTE)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.model.counting import training_flops_per_token
 from dsv2_jax.train.metrics import BALANCE, MetricsLog, Progress, measure_matmul_rate, read_rows
 from dsv2_jax.train.optimizer import batch_schedule
-from dsv2_jax.train.placing import Agreement, Placing, first_process_first, gather_json
+from dsv2_jax.train.placing import Agreement, Placing, ending_with_the_others, first_process_first, gather_json
 from dsv2_jax.train.state import State, abstract_state, new_state, training_part
 from dsv2_jax.train.step import evaluate_batch, make_train_step
 from dsv2_jax.types import Batch
@@ -77,14 +77,11 @@ def train(
     mesh = open_mesh(config)
     placing = Placing(mesh, settings.microbatch_size or settings.batch_size)
     first_process_first(lambda: keep_config(config, workdir))
-    if matmul_rate is None:
-        matmul_rate = measure_matmul_rate(model.compute.dtype) * (mesh.size if mesh else 1)
 
     with contextlib.ExitStack() as stack:
         # Where the run stands.
         data = data or first_process_first(lambda: open_data(config, workdir, placing))
         stack.callback(data.rows.close)
-        stack.enter_context(sharding.use(mesh))
         keep = settings.checkpoint
         folder = workdir / "checkpoints"
         checkpoints = Checkpoints(folder, keep_last=keep.keep_last, keep_every=keep.keep_every, report=say)
@@ -106,6 +103,8 @@ def train(
         # What it reports.
         log = MetricsLog(workdir, step=start, enabled=is_main)
         stack.callback(log.close)
+        if matmul_rate is None:
+            matmul_rate = measure_matmul_rate(model.compute.dtype) * (mesh.size if mesh else 1)
         say(f"matmul rate {matmul_rate / 1e9:.0f} GFLOP/s in {model.compute.dtype}; {balance_text(config)}")
         if start == 0:
             log.write(0, **data.facts, balance_losses=balance_text(config))
@@ -113,10 +112,12 @@ def train(
         progress = Progress(config, log, start=start, full_tokens_per_second=matmul_rate / flops_per_token)
         stack.callback(progress.close)
         stopped_by, agreement = stack.enter_context(_stop_signals()), Agreement(mesh)
+        stack.enter_context(sharding.use(mesh))
+        stack.enter_context(ending_with_the_others())
 
         # The run. A step is dispatched before the metrics of the one before it are read, so the device never waits.
         batches = batch_schedule(settings)
-        train_step = make_train_step(config, mesh, placing.readers)
+        train_step = make_train_step(config, mesh, placing.run_rows)
         pending = None
         for step in range(start, settings.steps):
             if settings.profile and step == settings.profile.start:

@@ -166,7 +166,7 @@ class Progress:
         self.row = {"step": step, **scalars(metrics, self._config.model), **self._speed(step)}
         self._bar.update(step - self._bar.n)
         self._bar.set_postfix_str(_bar_text(self.row), refresh=False)
-        if metrics.bad_steps:
+        if metrics.bad_steps and jax.process_index() == 0:
             self._bar.write(f"step {step} skipped: loss {metrics.loss}, gradient norm {metrics.gradient_norm}")
         if step % settings.log_every == 0 or step == settings.steps or metrics.bad_steps:
             self._log.write(**self.row)

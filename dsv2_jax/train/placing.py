@@ -1,6 +1,9 @@
 """Batches from the processes that read them to the devices that compute them, and agreement between processes."""
 
+import contextlib
 import json
+import os
+import sys
 from collections.abc import Callable
 
 import jax
@@ -26,6 +29,7 @@ class Placing:
     def __init__(self, mesh: Mesh | None, batch_size: int):
         """batch_size: rows computed at once; any one the mesh can split tells who reads what."""
         self.mesh, self.reader, self.readers = mesh, 0, 1
+        self.run_rows: np.ndarray | None = None  # which row of those read together stands at each place; None: in order
         if mesh is None:
             if jax.process_count() > 1:
                 raise ConfigError(f"mesh=None: {jax.process_count()} processes need one, such as fsdp=rest")
@@ -39,6 +43,10 @@ class Placing:
                 "tensor x context divide the devices of a process, or be a multiple of them"
             )
         self.reader, self.readers = groups.index(places[jax.process_index()]), len(groups)
+        if self.readers > 1:
+            self.run_rows = np.zeros(batch_size, np.int32)
+            for reader, held in enumerate(groups):
+                self.run_rows[list(held)] = np.arange(reader, batch_size, self.readers)
 
     def put(self, batch: Batch, microbatches: bool = False) -> Batch:
         """This reader's rows [b, T] (or [microbatches, b, T]), NumPy arrays, as part of the batch on the mesh.
@@ -99,6 +107,26 @@ def first_process_first(function: Callable[[], object]):
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("first_process_first")
     return result if jax.process_index() == 0 else function()
+
+
+@contextlib.contextmanager
+def ending_with_the_others():
+    """Ends this process with a message when another of several is gone: no cleanup can succeed that waits for it.
+
+    If nothing fails here, JAX itself aborts the process once the other has been silent for the heartbeat timeout.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"error: process {jax.process_index()} stopped, as another has ended or cannot be reached "
+            f"({str(error).splitlines()[0][:200]}). Start all again: the run goes on from its last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
 
 
 class Agreement:

@@ -31,12 +31,12 @@ class StepMetrics:
     moe: MoEStats | None  # sums over the batch, leading layer axis
 
 
-def make_train_step(config: ExperimentConfig, mesh: jax.sharding.Mesh | None = None, readers: int = 1):
+def make_train_step(config: ExperimentConfig, mesh: jax.sharding.Mesh | None = None, run_rows=None):
     """The jitted step of `config`; it donates the state. Leaves of `batch` are [microbatches, b, T].
 
     On a mesh it is to be called (or lowered) inside `sharding.use(mesh)`, with a state and batches that lie where
-    `abstract_state` and `batch_sharding` say. `readers`: as many processes read different rows of a batch, see
-    placing.py; which rows are protected from dropping does not depend on it.
+    `abstract_state` and `Placing` say. `run_rows`: of `Placing`; rows are protected from dropping by their place in
+    the run, whichever process reads them.
 
     The objective of the whole batch is nll / (sum of weights) + balance / (sequences). Both denominators are known
     before any microbatch is computed, so each contributes its share of that objective and the gradients add up
@@ -54,8 +54,8 @@ def make_train_step(config: ExperimentConfig, mesh: jax.sharding.Mesh | None = N
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         share = dropping.protected_share if dropping else 0.0
         protected_MB = jax.random.bernoulli(key, share, (microbatches, rows)) if dropping else None
-        if dropping and readers > 1:  # reader g has rows g, g + readers, ... of the run, side by side
-            protected_MB = protected_MB.reshape(microbatches, -1, readers).swapaxes(1, 2).reshape(microbatches, rows)
+        if dropping and run_rows is not None:
+            protected_MB = protected_MB[:, run_rows]
 
         def objective(model, micro: Batch, protected_B):
             parts = lm_loss(model, micro, training=True, protected_B=protected_B)

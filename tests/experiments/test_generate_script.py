@@ -14,7 +14,7 @@ import small
 
 from dsv2_jax import config_io
 from dsv2_jax.checkpoint import Checkpoints
-from dsv2_jax.config import DataConfig, ExperimentConfig, OptimizerConfig, SourceConfig, TrainConfig
+from dsv2_jax.config import ConfigError, DataConfig, ExperimentConfig, OptimizerConfig, SourceConfig, TrainConfig
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.model.transformer import Transformer
 
@@ -97,3 +97,23 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, run_folder):
         assert failed.returncode == 2
         assert "Traceback" not in failed.stderr
         assert all(name in failed.stderr for name in named), failed.stderr
+
+
+def test_a_mesh_draws_the_same_text(run_folder, monkeypatch, capsys):
+    flags = (f"--checkpoint={run_folder}", "--prompt=import ", "--temperature=0", "--dtype=float32")
+    alone = generate(monkeypatch, capsys, *flags)
+    assert generate(monkeypatch, capsys, *flags, "--config.mesh=expert=4,data=rest") == alone
+
+
+@pytest.mark.parametrize(
+    ("flag", "complaint"),
+    [
+        ("--config.mesh=context=8", "context=8 is for training; use tensor, expert, fsdp or data"),
+        ("--config.mesh=expert=3", "it takes 3 devices and there are 8"),
+        ("--config.train.steps=3", "unknown argument"),
+    ],
+)
+def test_what_no_mesh_is_for_generation(run_folder, monkeypatch, capsys, flag, complaint):
+    with pytest.raises((ConfigError, SystemExit)) as error:
+        generate(monkeypatch, capsys, f"--checkpoint={run_folder}", "--prompt=import ", flag)
+    assert complaint in str(error.value) + capsys.readouterr().err

@@ -18,6 +18,7 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPL
 ENVIRONMENT |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 COMPILED_BEST = 3  # meshes that --search compiles
 SHOWN = 12  # meshes that it lists
+LISTED = 8  # temporaries
 REPORTED = {"v2": 172.8e3, "dense_67b": 300.6e3}  # H800 hours per trillion tokens (report, section 3.2.3)
 
 
@@ -114,6 +115,10 @@ def text(plan, preset: str | None = None) -> str:
     lines.append(f"  {'all':<32}{_gb(total):>10}{_gb(estimate.total_bytes):>12}")
     fits = "fits" if total <= chip.hbm_bytes else "DOES NOT FIT"
     lines.append(f"  of {chip.hbm_bytes / GB:.1f} GB, {total / chip.hbm_bytes:.0%}: {fits}")
+    if plan.compiled and plan.compiled.largest:
+        lines += ["", "largest temporaries where memory is fullest"]
+        for one in plan.compiled.largest[:LISTED]:
+            lines.append(f"  {one.shape!s:<32}{_gb(one.nbytes):>10}  {_short(one.source)}")
     lines += ["", *_traffic(plan), "", *_compute(plan)]
     if plan.transport:
         lines += ["", f"{'rows to experts':<34}{'a token':>10}{'GB':>12}{'ms, unhidden':>16}"]
@@ -126,6 +131,12 @@ def text(plan, preset: str | None = None) -> str:
     if preset in REPORTED and not plan.decoding:
         lines.append(f"  reported for this model: {REPORTED[preset]:,.0f} on H800 (DeepSeek-V2, section 3.2.3)")
     return "\n".join(lines)
+
+
+def _short(source: str) -> str:
+    """The last and telling part of where an array comes from."""
+    parts = [part for part in source.split("/") if part not in ("while", "body", "closed_call", "checkpoint")]
+    return "/".join(parts[-4:])
 
 
 def _gb(nbytes: float | None) -> str:

@@ -5,11 +5,13 @@ and again where the backward pass recomputes), one reduce-scatter of the gradien
 forward and backward. Activations and the bytes of HBM traffic are estimates, and marked so.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dsv2_jax.config import MLAConfig, ModelConfig
@@ -64,6 +66,11 @@ class Traffic:
 # --- state -----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _abstract(model: ModelConfig):
+    return counting.abstract_model(model)
+
+
 def _parts(spec, mesh: MeshShape) -> int:
     """Pieces into which a PartitionSpec cuts an array."""
     names = [name for part in spec for name in (part if isinstance(part, tuple) else (part,)) if name]
@@ -95,7 +102,7 @@ def traffic(job: Job) -> list[Traffic]:
     gathers = scatters = copies = 0.0
     again = 1 if model.compute.remat == "none" else 2
     compute_bytes = jnp.dtype(model.compute.dtype).itemsize
-    for variable, array in _variables(counting.abstract_model(model)):
+    for variable, array in _variables(_abstract(model)):
         axes = variable.get_metadata("axes")
         stored = array.size / _parts(parameter_spec(axes, array.shape, job.abstract_mesh), mesh)
         used = array.size / _parts(compute_spec(axes), mesh)
@@ -130,20 +137,21 @@ def _cached_width(model: ModelConfig) -> int:
     return counting.cached_elements(model) // model.layers
 
 
+@functools.cache
 def rows_sent(model: ModelConfig, devices: int) -> float:
-    """Other devices to which a token's hidden state must go, on average, when all experts are equally likely.
+    """Other devices to which a token's hidden state must go, on average, where all experts are equally likely.
 
-    Experts lie in order on `devices`; a token chooses K of the experts of its M groups (all, without groups).
+    Experts lie in order on `devices`. Measured on random affinities, as groups are chosen by their best expert.
     """
-    moe = model.moe
-    here = moe.routed_experts // devices
-    reachable = moe.groups_kept * moe.experts_per_group
-    if moe.groups == 1 or here >= reachable or devices % moe.groups:  # groups say nothing about devices
-        pool, reached = moe.routed_experts, devices
-    else:
-        pool, reached = reachable, reachable // here
-    none_here = math.comb(pool - here, moe.experts_per_token) / math.comb(pool, moe.experts_per_token)
-    return reached * (1 - none_here) * (devices - 1) / devices
+    moe, rng = model.moe, np.random.default_rng(0)
+    scores_TE = rng.random((8192, moe.routed_experts))
+    grouped_TDE = scores_TE.reshape(len(scores_TE), moe.groups, moe.experts_per_group)
+    rank_TD = np.argsort(np.argsort(-grouped_TDE.max(axis=-1)))
+    scores_TE = np.where((rank_TD < moe.groups_kept)[..., None], grouped_TDE, -1.0).reshape(scores_TE.shape)
+    chosen_TK = np.argsort(-scores_TE)[:, : moe.experts_per_token]
+    reached_TP = np.zeros((len(scores_TE), devices), bool)
+    np.put_along_axis(reached_TP, chosen_TK // (moe.routed_experts // devices), True, axis=1)
+    return float(reached_TP.sum(axis=1).mean()) * (devices - 1) / devices
 
 
 def transports(job: Job, topology: Topology) -> dict[str, dict[str, float]]:
@@ -215,7 +223,7 @@ def activations(job: Job) -> dict[str, float]:
 def _layer_bytes(job: Job) -> float:
     """The gathered weights of the largest layer, two at a time, and their gradient before it is scattered."""
     width, largest = jnp.dtype(job.model.compute.dtype).itemsize, 0.0
-    model = counting.abstract_model(job.model)
+    model = _abstract(job.model)
     blocks = [(block, 1) for block in model.dense_blocks]
     if job.model.moe_layers:
         blocks.append((model.moe_blocks, job.model.moe_layers))
@@ -247,7 +255,7 @@ def hbm_bytes(job: Job, parameters: int) -> float:
     """
     model, passes = job.model, 2 if job.model.compute.remat == "none" else 3
     width, used = jnp.dtype(model.compute.dtype).itemsize, 0.0
-    for variable, array in _variables(counting.abstract_model(model)):
+    for variable, array in _variables(_abstract(model)):
         used += array.size / _parts(compute_spec(variable.get_metadata("axes")), job.mesh)
     update = parameters / 4 * (16 + 12)
     weights = used * (2 * width * passes + 2 * GRADIENT_BYTES)

@@ -25,6 +25,9 @@ class Shape:
     def nbytes(self) -> int:
         return math.ceil(self.size * _bits(self.dtype) / 8)
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
     @property
     def in_hbm(self) -> bool:
         """Whether it lies in the device's main memory, rather than on chip or with the host."""

@@ -22,7 +22,6 @@ class Buffer:
     shape: Shape
     source: str
     loops: tuple[str, ...]  # the loops, from the outside, within which it lives
-    trips: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -32,14 +31,14 @@ class Buffer:
 def at_peak(text: str) -> list[Buffer]:
     """The temporaries of HLO `text` alive where they take most, the largest first; arguments and results left out."""
     module = parse(text)
-    return sorted(_Schedule(module).peak(module.entry, is_entry=True), key=lambda one: -one.nbytes)
+    return sorted(_Schedule(module).peak(module.entry), key=lambda one: -one.nbytes)
 
 
 class _Schedule:
     def __init__(self, module: Module):
         self.module, self.known = module, {}
 
-    def peak(self, name: str, is_entry: bool = False) -> list[Buffer]:
+    def peak(self, name: str) -> list[Buffer]:
         """What computation `name` holds at its peak beyond its parameters and its result's place."""
         if name not in self.known:
             self.known[name] = self._peak(name)
@@ -47,7 +46,6 @@ class _Schedule:
 
     def _peak(self, name: str) -> list[Buffer]:
         instructions = list(self.module.computations[name].values())
-        place = {ins.name: i for i, ins in enumerate(instructions)}
         holds: dict[str, list[Buffer | None]] = {}  # of every instruction the buffers it may show, None for others'
         last: dict[Buffer, int] = {}
         born: dict[Buffer, int] = {}
@@ -55,7 +53,7 @@ class _Schedule:
             views = [holds[operand] for operand in ins.operands if operand in holds]
             for buffers in views:
                 last.update((buffer, i) for buffer in buffers if buffer)
-            holds[ins.name] = self._made(ins, views, last, i, instructions, place)
+            holds[ins.name] = self._made(ins, views)
             for buffer in holds[ins.name]:
                 if buffer and buffer not in born:
                     born[buffer] = last[buffer] = i
@@ -81,7 +79,7 @@ class _Schedule:
                 now -= buffer.nbytes
         return best
 
-    def _made(self, ins: Instruction, views, last, i, instructions, place) -> list[Buffer | None]:
+    def _made(self, ins: Instruction, views) -> list[Buffer | None]:
         """The buffers that the value of `ins` lies in: its operands' where it is a view or written in place."""
         if ins.opcode == "parameter" or ins.opcode == "constant":
             return [None]

@@ -1,6 +1,7 @@
 """Compiles the real training or decode step for chips that need not be there, and puts beside it what it must need."""
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import time
@@ -22,12 +23,14 @@ from dsv2_jax.config import (
     TrainConfig,
 )
 from dsv2_jax.model import counting
-from dsv2_jax.planning import analytic, program
+from dsv2_jax.planning import analytic, live, program
 from dsv2_jax.planning.analytic import Estimate, Job
 from dsv2_jax.planning.hardware import TPU, Topology
 from dsv2_jax.train.state import abstract_state
 from dsv2_jax.train.step import make_train_step
 from dsv2_jax.types import Batch
+
+LARGEST = 12  # temporaries that a plan names
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Compiled:
 
     seconds: float  # of compilation
     memory: dict[str, float]  # bytes by category; they add up to the total
+    largest: list[live.Buffer]  # temporaries alive where memory is fullest
     program: program.Program
 
 
@@ -130,6 +134,9 @@ class Plan:
             }
             result["collectives"] = {"wire_bytes": read.wire_bytes, "by_kind": by_kind}
             result["flops"] |= {"compiled": read.flops, "unseen_kernels": read.opaque}
+            result["memory"]["largest_temporaries"] = [
+                {"bytes": one.nbytes, "array": str(one.shape), "source": one.source} for one in self.compiled.largest
+            ]
             result["loops_counted_once"] = sorted(set(read.unknown_loops))
         return result
 
@@ -144,7 +151,7 @@ def make_plan(job: Job, topology: Topology, *, decoding: bool = False, compiling
     if decoding:
         estimate = analytic.estimate_decoding(job, topology, _decoding_model(job))
     else:
-        estimate = analytic.estimate(job, topology, abstract_state(experiment(job)))
+        estimate = analytic.estimate(job, topology, _training_state(job.model))
     compiled = why = None
     if not compiling:
         why = "not asked for"
@@ -165,6 +172,12 @@ def experiment(job: Job) -> ExperimentConfig:
     train = TrainConfig(steps=100_000, sequence_length=job.length, batch_size=job.batch, optimizer=optimizer)
     unread = DataConfig(sources=(SourceConfig(name="none", paths=("none",)),))
     return ExperimentConfig(model=job.model, train=train, data=unread)
+
+
+@functools.cache
+def _training_state(model: ModelConfig):
+    """The abstract state of a training run; it does not depend on the mesh or the batch."""
+    return abstract_state(experiment(Job(model, sharding.MeshShape(), model.max_length)))
 
 
 # --- search ----------------------------------------------------------------------------------------------------------
@@ -244,7 +257,8 @@ def compile_training(job: Job, devices: list, options: dict | None = None) -> Co
         "parameters": analytic.stored_bytes(state.model, job.mesh),
         "optimizer": analytic.stored_bytes(state.moments, job.mesh),
     }
-    return _compile(lowered, arguments, options)
+    stored = {_shard(leaf).shape for leaf in jax.tree.leaves(state.model)}
+    return _compile(lowered, arguments, options, stored, job.model.moe_layers)
 
 
 def compile_decoding(job: Job, devices: list, options: dict | None = None) -> Compiled:
@@ -273,12 +287,22 @@ def _decoding_model(job: Job):
     return jax.eval_shape(lambda model: model.unstacked(), counting.abstract_model(job.model))
 
 
+def _shard(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+
+
 def _bytes_here(tree) -> int:
-    shards = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree))
-    return sum(jax.ShapeDtypeStruct(shape, dtype).size * dtype.itemsize for shape, dtype in shards)
+    return sum(shard.size * shard.dtype.itemsize for shard in map(_shard, jax.tree.leaves(tree)))
 
 
-def _compile(lowered, arguments: dict[str, int], options: dict | None) -> Compiled:
+def _compile(lowered, arguments: dict[str, int], options: dict | None, stored=frozenset(), layers: int = 0) -> Compiled:
+    """Compiles, and tells the temporaries apart by their shapes where memory is fullest.
+
+    Args:
+      arguments: bytes of the step's arguments by category.
+      stored: shapes of the parameters' shards. A float32 array of one, outside of loops, is a gradient.
+      layers: layers that are scanned. Any other array with this leading dimension is kept for the backward pass.
+    """
     start = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options=options)
@@ -292,5 +316,12 @@ def _compile(lowered, arguments: dict[str, int], options: dict | None) -> Compil
     total += stats.generated_code_size_in_bytes - stats.alias_size_in_bytes
     memory = {**arguments, "other arguments": stats.argument_size_in_bytes - sum(arguments.values())}
     memory["program"] = stats.generated_code_size_in_bytes
+    held = live.at_peak(text)
+    if stored:
+        outside = [one for one in held if not one.loops]
+        gradients = [one for one in outside if one.shape.dtype == "f32" and one.shape.dims in stored]
+        kept = [one for one in outside if one.shape.dims[:1] == (layers,) and one.shape.dims not in stored]
+        memory["gradients"] = sum(one.nbytes for one in gradients)
+        memory["activations"] = sum(one.nbytes for one in kept)
     memory["temporaries"] = total - sum(memory.values())
-    return Compiled(seconds, memory, program.read(text))
+    return Compiled(seconds, memory, held[:LARGEST], program.read(text))

@@ -155,7 +155,7 @@ def test_ragged_rows_and_kernels_with_a_stated_cost():
     assert found.flops == 2 * (2 * ROWS) * (2 * D) * F  # of the rows there are, not of rows times experts
 
 
-# --- text written by hand: what our own programs do not show ------------------------------------------------------------
+# --- text written by hand: what our own programs do not show -------------------------------------------------------
 
 MODULE = """HloModule m, num_partitions=8
 
@@ -234,6 +234,12 @@ def test_every_notation_of_groups(groups, size):
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         program.read("hello")
+
+
+def test_padding_of_tiles():
+    odd, whole = hlo.shapes_of("(bf16[26,576,100]{1,2,0:T(8,128)(2,1)}, f32[8,128]{1,0:T(8,128)S(1)})")
+    assert (odd.padded_bytes, odd.in_hbm) == (26 * 640 * 104 * 2, True)
+    assert (whole.padded_bytes, whole.in_hbm) == (8 * 128 * 4, False)
 
 
 def test_shapes_and_bytes_of_odd_types():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 
 import jax
 import numpy as np
@@ -52,8 +53,14 @@ def test_state_bytes_are_those_of_the_compiler(mesh):
     assert analytic.stored_bytes(state, one.mesh) == compiled.memory_analysis().argument_size_in_bytes
 
 
-def test_the_compiled_training_step_takes_the_state_and_the_batch():
-    one = job("fsdp=2,expert=4")
+DENSE = small.change(MODEL, layers=1, dense_layers=1, moe=None, attention=small.GQA)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model"), [("data=2,fsdp=4", DENSE), pytest.param("fsdp=2,expert=4", MODEL, marks=pytest.mark.slow)]
+)
+def test_the_compiled_training_step_takes_the_state_and_the_batch(mesh, model):
+    one = job(mesh, model)
     compiled = plan.compile_training(one, jax.devices()[:8])
     state = abstract_state(plan.experiment(one))
     assert compiled.memory["parameters"] == analytic.stored_bytes(state.model, one.mesh)
@@ -102,12 +109,13 @@ def test_rows_sent_agree_with_random_routing(groups, kept, chosen, devices):
     _, expert_BTK = router.choose(scores_BTE, moe)
     device_BTK = np.asarray(expert_BTK) // (32 // devices)
     reached = np.mean([len(set(row) - {0}) for row in device_BTK.reshape(-1, chosen).tolist()])  # a token of device 0
-    assert analytic.rows_sent(one, devices) == pytest.approx(reached, rel=0.05)
+    assert analytic.rows_sent(one, devices) == pytest.approx(reached, rel=0.03)
 
 
 def test_a_token_of_v2_reaches_at_most_its_three_groups():
     assert 2 < analytic.rows_sent(presets.V2, 8) < 3 * 7 / 8 + 1e-9
-    assert analytic.rows_sent(presets.V2_LITE, 8) < 6 * 7 / 8
+    none_on_one_device = math.comb(56, 6) / math.comb(64, 6)  # Lite: any 6 of 64 experts, 8 a device
+    assert analytic.rows_sent(presets.V2_LITE, 8) == pytest.approx(7 * (1 - none_on_one_device), rel=0.01)
 
 
 def test_dropping_makes_the_stepwise_transport_cheap():
@@ -118,7 +126,7 @@ def test_dropping_makes_the_stepwise_transport_cheap():
 
 
 def test_between_nodes_a_gather_is_shared_and_a_dispatch_is_not():
-    chip, nodes = hardware.CHIPS["h800"], hardware.parse_topology("h800:8x16")
+    chip, nodes = hardware.CHIPS["h100"], hardware.parse_topology("h100:8x16")
     one, nbytes = v2(), 1e9
     inside = analytic.time_sending(Traffic("", nbytes, ("expert",), True), one, nodes)
     assert inside == nbytes / chip.network_bandwidth  # expert is the inner axis: eight neighbours

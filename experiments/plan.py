@@ -22,7 +22,7 @@ LISTED = 8  # temporaries
 REPORTED = {"v2": 172.8e3, "dense_67b": 300.6e3}  # H800 hours per trillion tokens (report, section 3.2.3)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = common.argument_parser(
         __doc__, "python experiments/plan.py --preset=v2 --topology=v5p:4x4x8 --mesh=fsdp=16,expert=8"
     )
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--mesh", metavar="AXES", help="such as fsdp=16,expert=8; one axis may be `rest`")
     parser.add_argument("--search", action="store_true", help="rank all meshes, and compile the best three")
     parser.add_argument(
-        "--seq", type=int, metavar="T", help="tokens a sequence, or of the cache (4096, or the config's)"
+        "--seq", type=int, metavar="T", help="tokens a sequence, or of the cache (at most 4096, or the config's)"
     )
     parser.add_argument(
         "--batch-per-device", type=int, default=1, metavar="B", help="sequences of each device (default: %(default)s)"
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--decode", action="store_true", help="the decoding step, not the training step")
     parser.add_argument("--analytic", action="store_true", help="compile nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = common.parse_arguments(parser)
+    arguments = common.parse_arguments(parser, argv)
     for name in ("seq", "batch_per_device"):
         if (getattr(arguments, name) or 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive")
@@ -83,7 +83,8 @@ def _model(arguments):
     import dataclasses
 
     if arguments.preset:
-        model, length = presets.get(arguments.preset), 4096
+        model = presets.get(arguments.preset)
+        length = min(4096, model.max_length)
     else:
         config = common.load_config(arguments.config, arguments.overrides)
         model, length = config.model, config.train.sequence_length

@@ -171,6 +171,15 @@ def parameter_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh) -> Parti
     return PartitionSpec(*(None,) * stacked, *spec)
 
 
+def gradient_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
+    """`parameter_spec` less `tensor` where the parameter is used whole over it: there all its devices have the sum."""
+    spec = parameter_spec(axes, shape, mesh)
+    if "tensor" in compute_spec(axes):
+        return spec
+    kept = [tuple(name for name in names if name != "tensor") for names in map(_axes, spec)]
+    return PartitionSpec(*(names or None for names in kept))
+
+
 def parameter_sharding(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """`parameter_spec` on a mesh with devices."""
     return NamedSharding(mesh, parameter_spec(axes, shape, mesh))
@@ -214,10 +223,14 @@ def gathered(w: jax.Array, axes: tuple[str, ...], dtype) -> jax.Array:
     return w if ambient() is None else jax.lax.with_sharding_constraint(w, compute_spec(axes))
 
 
+def _axes(names: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return names if isinstance(names, tuple) else (names,) if names else ()
+
+
 def _moved(spec: PartitionSpec, kept: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
     """The dimensions of `spec` that are split over other mesh axes than `kept`, each with those axes."""
-    split = [names if isinstance(names, tuple) else (names,) for names in spec]
-    moved = [tuple(name for name in names if name is not None and name not in kept) for names in split]
+    moved = [tuple(name for name in _axes(names) if name not in kept) for names in spec]
     return [(dimension, names) for dimension, names in enumerate(moved) if names]
 
 
@@ -231,14 +244,16 @@ def gather(w: jax.Array, spec: PartitionSpec, kept: tuple[str, ...] = ()) -> jax
     return w
 
 
-def scatter(dw: jax.Array, spec: PartitionSpec, kept: tuple[str, ...] = ()) -> jax.Array:
+def scatter(dw: jax.Array, spec: PartitionSpec, kept: tuple[str, ...] = (), dtype=None) -> jax.Array:
     """Inside a shard_map: the sum over devices of the gradients of what `gather` gave, each device its part of it.
 
-    As an all-to-all and a local sum in float32: the bytes of a reduce-scatter in the dtype of `dw`, but no rounding on
-    the way. (For a reduce-scatter XLA compiles an all-reduce of twice the bytes for TPUs today.)
+    As an all-to-all in `dtype` (None: that of `dw`) and a local sum in float32: the bytes of a reduce-scatter, but no
+    sum is rounded on the way. (For a reduce-scatter XLA compiles an all-reduce of twice the bytes for TPUs today.)
     """
     for dimension, names in _moved(spec, kept):
-        parts = jax.lax.all_to_all(dw, names, split_axis=dimension, concat_axis=dimension, tiled=True)
+        parts = jax.lax.all_to_all(
+            dw.astype(dtype or dw.dtype), names, split_axis=dimension, concat_axis=dimension, tiled=True
+        )
         size = parts.shape[dimension]
         devices = jax.lax.psum(1, names)
         parts = parts.reshape(*dw.shape[:dimension], devices, size // devices, *dw.shape[dimension + 1 :])
@@ -274,7 +289,7 @@ def divides(x: jax.Array, *names: str | None) -> bool:
 
 
 def _parts(axes: tuple[str, ...] | str | None, mesh) -> int:
-    return math.prod(mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis)
+    return math.prod(mesh.shape[axis] for axis in _axes(axes))
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

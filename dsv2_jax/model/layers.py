@@ -32,10 +32,30 @@ def _einsum_backward(equation, axes, residuals, dy):
     x, w = residuals
     x_axes, w_axes, y_axes = equation.replace("->", ",").split(",")
     dx = jnp.einsum(f"{y_axes},{w_axes}->{x_axes}", dy, sharding.gathered(w, axes, dy.dtype))
-    # The first operand is transposed in memory by XLA on CPUs: let it be the narrower one.
-    (a_axes, a), (b_axes, b) = sorted([(x_axes, x), (y_axes, dy)], key=lambda operand: operand[1].size)
-    dw = jnp.einsum(f"{a_axes},{b_axes}->{w_axes}", a, b, preferred_element_type=w.dtype)
-    return dx, sharding.stored(dw, axes)
+    return dx, _weight_gradient(equation, axes, x, dy, w)
+
+
+def _weight_gradient(equation, axes, x, dy, w):
+    x_axes, w_axes, y_axes = equation.replace("->", ",").split(",")
+
+    def here(x, dy):
+        # The first operand is transposed in memory by XLA on CPUs: let it be the narrower one.
+        (a_axes, a), (b_axes, b) = sorted([(x_axes, x), (y_axes, dy)], key=lambda operand: operand[1].size)
+        return jnp.einsum(f"{a_axes},{b_axes}->{w_axes}", a, b, preferred_element_type=w.dtype)
+
+    mesh = sharding.ambient()
+    names = {"b": "batch", "t": "sequence", "s": "sequence"} | dict(zip(w_axes, axes, strict=True))
+    x_names, y_names = ([names[axis] for axis in letters] for letters in (x_axes, y_axes))
+    if mesh is None or not (sharding.divides(x, *x_names) and sharding.divides(dy, *y_names)):
+        return sharding.stored(here(x, dy), axes)
+    spec = sharding.gradient_spec(axes, w.shape, mesh)
+
+    def everywhere(x, dy):
+        dw = sharding.scatter(here(x, dy), spec, kept=("tensor",), dtype=x.dtype)
+        return jax.lax.psum(dw, "data")
+
+    specs = sharding.activation_spec(*x_names), sharding.activation_spec(*y_names)
+    return sharding.stored(jax.shard_map(everywhere, in_specs=specs, out_specs=spec, check_vma=False)(x, dy), axes)
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)
@@ -44,8 +64,8 @@ _einsum.defvjp(_einsum_forward, _einsum_backward)
 def project(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
     """einsum(equation, x, w) in the dtype of x: the one place where float32 masters become compute weights.
 
-    The gradient of a master is added up in float32 and never rounded to the compute dtype on its way. On a mesh the
-    master is cast before it is gathered, and its gradient goes to where the master is stored, still in float32.
+    The gradient of a master is added up in float32 and not rounded to the compute dtype on its way; but on a mesh what
+    one device has added up is, to cross to where the master is stored, as the master is to be gathered.
     """
     return _einsum(equation, w.get_metadata("axes"), x, w[...])
 
@@ -54,7 +74,7 @@ def project(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
 def project_local(equation: str, spec, x: jax.Array, w: jax.Array) -> jax.Array:
     """`project` inside a shard_map, with this device's part `w` of a master that is stored as `spec`.
 
-    Its gradient is this device's part of the float32 sum over the devices that share the master.
+    Its gradient is this device's part of the float32 sum over the devices that share the master (see `project`).
     """
     return jnp.einsum(equation, x, sharding.gather(w.astype(x.dtype), spec, kept=("tensor",)))
 
@@ -69,7 +89,7 @@ def _project_local_backward(equation, spec, residuals, dy):
     whole = sharding.gather(w.astype(dy.dtype), spec, kept=("tensor",))
     dx = jnp.einsum(f"{y_axes},{w_axes}->{x_axes}", dy, whole)
     dw = jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, dy, preferred_element_type=w.dtype)
-    return dx, sharding.scatter(dw, spec, kept=("tensor",))
+    return dx, sharding.scatter(dw, spec, kept=("tensor",), dtype=dy.dtype)
 
 
 project_local.defvjp(_project_local_forward, _project_local_backward)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dsv2_jax.config import MLAConfig, ModelConfig
-from dsv2_jax.model import counting
+from dsv2_jax.model import counting, exchange
 from dsv2_jax.planning.hardware import GPU, Topology
 from dsv2_jax.sharding import BATCH_AXES, MESH_AXES, STORAGE_AXES, MeshShape, compute_spec, parameter_spec
 
@@ -157,22 +157,19 @@ def rows_sent(model: ModelConfig, devices: int) -> float:
 def transports(job: Job, topology: Topology) -> dict[str, dict[str, float]]:
     """The two ways rows travel to experts: rows a token, bytes a step, and seconds of a step they alone would take.
 
-    Stepwise needs a static bound for each peer, which is every token when none may be dropped; but what its shared
-    experts compute meanwhile hides it. Ragged sends only the rows there are, and hides behind nothing.
+    Stepwise sends whole buffers, `expert_slack` times an even share, but what the shared experts compute meanwhile
+    hides it. Ragged sends only the rows there are, and hides behind nothing.
     """
     model, P = job.model, job.mesh.expert
     if model.moe is None or P == 1:
         return {}
-    bound = 1.0
-    if model.moe.dropping:  # protected tokens, and of the others the budget; a row carries at least one assignment
-        share = model.moe.dropping.protected_share
-        budget = model.moe.dropping.capacity_factor * model.moe.experts_per_token / P
-        bound = min(1.0, share + (1 - share) * budget)
+    slack, length = model.compute.expert_slack, job.length // job.mesh.context
+    bound = (P - 1) * exchange.rows_per_peer(model.moe, P, job.per_device, length, slack) / job.local_tokens
     width = 4 * model.moe_layers * job.local_tokens * model.dim * jnp.dtype(model.compute.dtype).itemsize
     width_shared = model.moe.shared_experts * model.moe.expert_width
     shared = 18 * job.local_tokens * model.dim * width_shared * model.moe_layers / topology.chip.flops
     result = {}
-    for name, rows, hidden in (("stepwise", (P - 1) * bound, shared), ("ragged", rows_sent(model, P), 0.0)):
+    for name, rows, hidden in (("stepwise", bound, shared), ("ragged", rows_sent(model, P), 0.0)):
         seconds = time_sending(Traffic(name, rows * width, ("expert",), True), job, topology)
         visible = max(0.0, seconds - hidden)
         result[name] = {"rows_per_token": rows, "bytes": rows * width, "seconds": seconds, "visible_seconds": visible}

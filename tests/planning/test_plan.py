@@ -116,11 +116,12 @@ def test_a_token_of_v2_reaches_at_most_its_three_groups():
     assert analytic.rows_sent(presets.V2_LITE, 8) == pytest.approx(7 * (1 - none_on_one_device), rel=0.01)
 
 
-def test_dropping_makes_the_stepwise_transport_cheap():
-    free = analytic.transports(v2(), V5P)["stepwise"]
-    bounded = analytic.transports(v2(moe__dropping=DroppingConfig(1.0, 0.0)), V5P)["stepwise"]
-    assert free["rows_per_token"] == 7
-    assert bounded["rows_per_token"] == pytest.approx(7 * 6 / 8)
+def test_stepwise_sends_its_slack_and_ragged_what_there_is():
+    ways = analytic.transports(v2(), V5P)
+    assert ways["ragged"]["rows_per_token"] == analytic.rows_sent(presets.V2, 8)
+    assert ways["stepwise"]["rows_per_token"] == pytest.approx(7 / 8 * 3 * 1.25, rel=0.01)
+    tight = analytic.transports(v2(moe__dropping=DroppingConfig(0.5, 0.0)), V5P)["stepwise"]
+    assert tight["rows_per_token"] == pytest.approx(7 * 0.5 * 6 / 8, rel=0.01)  # the budget of a group
 
 
 def test_between_nodes_a_gather_is_shared_and_a_dispatch_is_not():

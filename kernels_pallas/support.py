@@ -33,8 +33,10 @@ def operations() -> dict[str, tuple]:
     rows = _array(len(layout.token_of_row_G), D)
     offset = _array(8, dtype=jnp.int32)
     flash, latent = flash_attention.IMPLEMENTATIONS, latent_attention.IMPLEMENTATIONS
+    paged, pages, table = latent_attention.PAGED_IMPLEMENTATIONS, _array(512, 64, 640), _array(8, 64, dtype=jnp.int32)
     return {
         "flash_attention": (flash, (qk, qk, values, 0.1, None, None)),
+        "paged_latent_attention": (paged, (_array(8, 1, N, 576), pages, table, offset, 512, 0.1, None)),
         "latent_attention": (latent, (_array(8, 1, N, 576), latents, offset, 512, 0.1)),
         "grouped_matmul": (grouped_matmul.IMPLEMENTATIONS, (rows, [_array(E, D, F)], layout)),
         "token_dispatch": (token_dispatch.IMPLEMENTATIONS, ()),
@@ -57,7 +59,7 @@ def main() -> None:
         first = reason is None and (op, place) not in automatic
         if first:
             automatic.add((op, place))
-        print(f"{op:24} {name:12} {place:10} {'automatic' if first else 'yes' if reason is None else 'no: ' + reason}")
+        print(f"{op:22} {name:12} {place:10} {'automatic' if first else 'yes' if reason is None else 'no: ' + reason}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from dsv2_jax.model import router
 from dsv2_jax.model.expert_parallel import moe_ffn
 from dsv2_jax.model.layers import SwiGLU, parameter
 from dsv2_jax.types import MoEStats
-from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
-from kernels_pallas.tiles import make_layout, tile_size
+from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, rows_per_tile
+from kernels_pallas.tiles import make_layout
 from kernels_pallas.token_dispatch import combine, dispatch
 
 
@@ -58,7 +58,7 @@ class MoE(nnx.Module):
         """sum_i g_i FFN_i(y): tokens to rows sorted by expert, each expert on its rows, rows back to tokens."""
         (B, T, D), K = y_BTD.shape, self.config.experts_per_token
         E, matmul, moving = self.config.routed_experts, self.compute.grouped_matmul, self.compute.token_dispatch
-        layout = make_layout(routing.expert_BTK.reshape(B * T, K), E, tile_size(B * T * K, E))
+        layout = make_layout(routing.expert_BTK.reshape(B * T, K), E, rows_per_tile(B * T * K, E))
         gate_EDF, up_EDF, down_EFD = (w[...].astype(y_BTD.dtype) for w in (self.gate, self.up, self.down))
         x_GD = dispatch(y_BTD.reshape(B * T, D), layout, implementation=moving)
         h_GF = grouped_swiglu(x_GD, gate_EDF, up_EDF, layout, implementation=matmul)

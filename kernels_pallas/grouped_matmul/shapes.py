@@ -17,7 +17,9 @@ class Case:
     tile: int
     dim: int
     width: int
-    routing: str = "random"  # "random": an expert without rows and dropped choices; "one": all to one; "none": all dropped
+    routing: str = (
+        "random"  # "random": an expert without rows and dropped choices; "one": all to one; "none": all dropped
+    )
 
 
 FULL = {

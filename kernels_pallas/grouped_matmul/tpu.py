@@ -18,7 +18,8 @@ from kernels_pallas.tiles import TileLayout
 
 LANES = 128
 VMEM_LIMIT = 48 << 20  # bytes; v5p has 64 MiB, v5e and v6e 128
-WEIGHTS = 8 << 20  # of it for one weight block of each operand, of which the pipeline holds two
+WEIGHTS = 8 << 20  # of it for the weight blocks of one step, of which the pipeline holds two
+GRADIENT = 1024, 1536  # a block of an expert's gradient, in float32
 NN, NT, TN = ((((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ())))
 _FIRST, _LAST, _ROWS = 1, 2, 4  # what a visit of the weights' gradient does
 
@@ -54,7 +55,9 @@ def _dot(a, b, dimensions):
 
 def _rows_kernel(expert_ref, live_ref, *refs, xs, dimensions, scaled, epilogue, products):
     del expert_ref
-    x_refs, w_refs, scale_refs, out_refs = (refs[a:b] for a, b in _cuts(xs, products, products * scaled, len(refs)))
+    refs = iter(refs)
+    x_refs, w_refs, scale_refs = ([next(refs) for _ in range(n)] for n in (xs, products, products * scaled))
+    out_refs = list(refs)
     is_live = pl.program_id(1) < live_ref[0]
 
     @pl.when(is_live)
@@ -72,12 +75,6 @@ def _rows_kernel(expert_ref, live_ref, *refs, xs, dimensions, scaled, epilogue, 
     def _():
         for out_ref in out_refs:
             out_ref[...] = jnp.zeros_like(out_ref)
-
-
-def _cuts(*counts_and_end):
-    *counts, end = counts_and_end
-    edges = [0, *(sum(counts[: i + 1]) for i in range(len(counts))), end]
-    return zip(edges, edges[1:])
 
 
 def _rows(xs, ws, layout, epilogue, outputs, interpret, transposed=False, scales=()):
@@ -117,9 +114,7 @@ def _rows(xs, ws, layout, epilogue, outputs, interpret, transposed=False, scales
             in_specs=[*in_specs, *(scale_spec for _ in scales)],
             out_specs=[pl.BlockSpec((tile, columns), lambda n, i, *_: (i, n))] * outputs,
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT),
         interpret=interpret,
         name="grouped_rows",
     )(layout.expert_of_tile, layout.live_tiles[None], *xs, *ws, *(s.reshape(E, 1, N) for s in scales))
@@ -165,7 +160,7 @@ def _weights_kernel(expert_ref, tile_ref, does_ref, x_ref, dy_ref, dw_ref, sum_r
 def _weights(x_GD, dy_GF, layout, experts, dtype, interpret):
     """dw_EDF: the sum over an expert's rows of x^T dy, in float32, rounded once."""
     (_, D), F, tile = x_GD.shape, dy_GF.shape[1], layout.tile
-    d, f = block(D, 1024), block(F, 1536)
+    d, f = block(D, GRADIENT[0]), block(F, GRADIENT[1])
     return pl.pallas_call(
         _weights_kernel,
         out_shape=kernel_output((experts, D, F), dtype, x_GD, dy_GF),
@@ -238,11 +233,7 @@ def _swiglu_backward(interpret, residuals, dh_GF):
 grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def quantised_matmul(x_GD, w_EDF, scale_EF, layout, interpret=False):
-    """x (w scale) with w of one byte, which stays so until it is on the chip."""
-    return _rows([x_GD], [w_EDF], layout, lambda y: (y,), 1, interpret, scales=[scale_EF])[0]
-
-
-def quantised_swiglu(x_GD, gate_EDF, gate_scale_EF, up_EDF, up_scale_EF, layout, interpret=False):
-    ws, scales = [gate_EDF, up_EDF], [gate_scale_EF, up_scale_EF]
-    return _rows([x_GD], ws, layout, lambda a, b: (_silu_times(a, b),), 1, interpret, scales=scales)[0]
+def quantised(which: str, x_GD, weights, scales_EF, layout, interpret=False):
+    """`grouped_matmul` or `grouped_swiglu` by weights of one byte, which stay so until they are on the chip."""
+    epilogue = _silu_times if which == "grouped_swiglu" else lambda y: y
+    return _rows([x_GD], weights, layout, lambda *y: (epilogue(*y),), 1, interpret, scales=scales_EF)[0]

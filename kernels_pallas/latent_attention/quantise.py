@@ -1,4 +1,4 @@
-"""Latents of one byte or less: integers or FP8 with one float32 scale a position for the value part, one for the rest."""
+"""Latents of a byte or less: integers or FP8, with two float32 scales a position, of the value part and of the rest."""
 
 import jax
 import jax.numpy as jnp
@@ -25,5 +25,7 @@ def dequantise(values_SC: jax.Array, scales: jax.Array | None, value_dim: int, d
     if scales is None:
         return values_SC.astype(dtype)
     width = values_SC.shape[-1]
-    scale_SC = jnp.repeat(scales.swapaxes(-1, -2), jnp.array([value_dim, width - value_dim]), axis=-1, total_repeat_length=width)
+    scale_SC = jnp.repeat(
+        scales.swapaxes(-1, -2), jnp.array([value_dim, width - value_dim]), axis=-1, total_repeat_length=width
+    )
     return (values_SC.astype(jnp.float32) * scale_SC).astype(dtype)

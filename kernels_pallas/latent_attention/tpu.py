@@ -69,7 +69,7 @@ def _queries(T: int, N: int) -> int:
 def _work(seen_U, splits: int, chunks: int):
     """The visits of each part: int32 [splits * V] unit, chunk and what to do; and how many there are, at most V.
 
-    Part s of S meets chunks n s // S to n (s + 1) // S of a unit's n; where that is none, one visit writes nothing's sum.
+    Part s of S meets chunks n s // S to n (s + 1) // S of a unit's n; one visit where that is none, to write zeros.
     """
     U = len(seen_U)
     V = U * -(-chunks // splits)

@@ -1,17 +1,14 @@
-"""The TPU kernels of causal attention under the interpreter, against the float32 reference, forward and backward."""
+"""The TPU kernels of causal attention, interpreted, against the float32 reference, forward and backward."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
+from interpreter import interpreter
 from kernels_pallas.flash_attention import reference, tpu
+from kernels_pallas.flash_attention.shapes import CASES, make_case
 from oracles.compare import TOLERANCE, assert_close
-
-INTERPRET = pltpu.InterpretParams()
-# B, T, N, K: one token; a ragged end; several blocks both ways; grouped key heads. Widths 192 and 128 as in the model.
-CASES = {"one token": (1, 1, 1, 1), "ragged": (2, 70, 2, 2), "blocks": (1, 300, 1, 1), "grouped": (1, 130, 4, 2)}
 
 
 @pytest.fixture(autouse=True)
@@ -20,20 +17,17 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr(tpu, "BLOCK_KV", 256)
 
 
-def inputs(case, dtype):
-    (B, T, N, K), rng = CASES[case], np.random.default_rng(0)
-    shapes = (B, T, N, 192), (B, T, K, 192), (B, T, K, 128), (B, T, N, 128)
-    q, k, v, weight = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
-    starts_BT = rng.random((B, T)) < 4 / T
-    segments_BT = np.where(np.arange(T) < T - T // 5, 1 + np.cumsum(starts_BT, axis=1), 0)  # the end is padding
-    return (q, k, v), weight.astype(jnp.float32), jnp.asarray(segments_BT, jnp.int32)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("one token", "float32"),
+        ("ragged", "float32"),
+        ("blocks", "bfloat16"),
+        ("grouped", "float32"),
+    ],
+)
 def test_matches_the_reference(case, dtype):
-    qkv, weight_BTNV, segments = inputs(case, dtype)
-    segments = None if case == "blocks" else segments
+    qkv, weight_BTNV, segments = make_case(CASES[case], dtype)
 
     def value_and_gradients(attention, qkv, **options):
         def loss(*qkv):
@@ -44,9 +38,20 @@ def test_matches_the_reference(case, dtype):
         return {"out": out, **{f"gradient of {letter}": g for letter, g in zip("qkv", gradients)}}
 
     expected = value_and_gradients(reference.flash_attention, [x.astype(jnp.float32) for x in qkv])
-    for what, actual in value_and_gradients(tpu.flash_attention, qkv, interpret=INTERPRET).items():
+    with interpreter() as interpret:
+        found = value_and_gradients(tpu.flash_attention, qkv, interpret=interpret)
+    for what, actual in found.items():
         assert actual.dtype == dtype
         if case == "one token" and what[-1] in "qk":  # its softmax is 1, whatever they are
             assert np.abs(actual).max() < TOLERANCE[dtype]
         else:
             assert_close(actual, expected[what], TOLERANCE[dtype], what)
+
+
+@pytest.mark.parametrize("length", [1, 128, 129, 500, 1024, 1100, 4096, 5000])
+def test_blocks_divide_the_padded_length_and_pad_less_than_one(length, monkeypatch):
+    monkeypatch.undo()
+    padded, sizes = tpu._blocks(length)
+    assert length <= padded < length + max(128, sizes.block_q)
+    assert padded % sizes.block_q == padded % sizes.block_kv == sizes.block_kv % sizes.block_kv_compute == 0
+    assert sizes.block_q % 128 == sizes.block_kv_compute % 128 == 0

@@ -79,7 +79,9 @@ def test_a_named_one_runs_or_raises_with_its_reason():
 # What each implementation says where the table shows a "no". A new "no" without its words here fails the test below.
 NOT_ON = {
     ("flash_attention", "tpu"): "a TPU kernel, not for",
-    ("grouped_matmul", "ragged_dot"): "native on TPU only",
+    ("latent_attention", "tpu"): "a TPU kernel, not for",
+    ("paged_latent_attention", "tpu"): "a TPU kernel, not for",
+    ("grouped_matmul", "tpu"): "a TPU kernel, not for",
 }
 
 
@@ -94,9 +96,9 @@ def test_the_table_is_printed_and_automatic_is_unique(capsys):
     support.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(support.table())
-    assert sum(" automatic" in line for line in lines) == 4 * len(support.TARGETS)
+    assert sum(" automatic" in line for line in lines) == 5 * len(support.TARGETS)
     on_cpu = [line.split()[1] for line in lines if " automatic" in line and " CPU " in line]
-    assert on_cpu == ["xla"] * 4
+    assert on_cpu == ["xla"] * 5
 
 
 def case(T=256, H=192, V=128, dtype=jnp.bfloat16):

@@ -109,8 +109,6 @@ class Transformer(nnx.Module):
         x_BTD, cos_sin = self._enter(tokens_BT, positions_BT)
 
         def apply(block, x_BTD):
-            if sharding.ambient() is not None:  # or XLA casts the stacked masters of all layers before the loop
-                block = jax.lax.optimization_barrier(block)
             return block(x_BTD, cos_sin, segments_BT, real_BT, **(routing if block.is_moe else {}))
 
         routing = {"training": training, "protected_B": protected_B}

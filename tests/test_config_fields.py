@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import small
 
-from dsv2_jax import config, config_io
+from dsv2_jax import config, config_io, sharding
 from dsv2_jax.config import ConfigError, ExperimentConfig
 from dsv2_jax.data.sources import DataError
 from dsv2_jax.inference import generate
@@ -65,6 +65,9 @@ MODEL = {
     "model.compute.token_dispatch": "reference",
     "model.compute.flash_attention": "reference",
     "model.compute.latent_attention": "reference",
+    "model.compute.expert_transport": "ragged",
+    "model.compute.expert_slack": "0.3",
+    "model.compute.expert_chunk": "8",
 }
 GQA = {  # with the baseline's attention
     "model.attention.heads": "8",
@@ -195,7 +198,19 @@ def refused_length(model_config: config.ModelConfig) -> str:
     return str(caught.value)
 
 
-OBSERVATIONS = (initialisation, training_loss, refused_length, decoding)  # cheapest first
+@functools.cache
+def on_a_mesh(model_config: config.ModelConfig) -> str:
+    """The loss lowered for two devices, or why it is refused."""
+    mesh = sharding.make_mesh("expert=2", jax.devices()[:2])
+    model = sharding.with_shardings(abstract_model(model_config), mesh)
+    try:
+        with sharding.use(mesh):
+            return jax.jit(lm_loss).lower(model, abstract_batch(2)).as_text()
+    except ConfigError as error:
+        return str(error)
+
+
+OBSERVATIONS = (initialisation, training_loss, refused_length, decoding, on_a_mesh)  # cheapest first
 
 
 def some_differ(a: config.ModelConfig, b: config.ModelConfig) -> bool:

@@ -2,8 +2,7 @@
 
 With the axis `expert` as long as the model has device groups, device-limited routing bounds what crosses the wire: a
 token's hidden state goes once to each device that holds any of its experts, at most M, and one gate-weighted sum comes
-back from each (report, section 2.2.2). exchange.py moves the rows; here each device computes its experts on those that
-arrived. A row is expanded to one row per expert in chunks, so that no buffer grows with K or E.
+back from each (report, section 2.2.2). exchange.py moves the rows, local_experts.py computes with them.
 
 Forward and backward are one `shard_map` each, tied by a `custom_vjp`: the backward pass sends hidden states and
 cotangents, computes the experts' intermediate values again, and sends the hidden states' cotangents back. It keeps the
@@ -22,11 +21,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsv2_jax import sharding
 from dsv2_jax.config import ComputeConfig, ConfigError, MoEConfig
-from dsv2_jax.model import exchange
-from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
-from kernels_pallas.swiglu import swiglu
-from kernels_pallas.tiles import TileLayout, make_layout, tile_size
-from kernels_pallas.token_dispatch import combine, dispatch
+from dsv2_jax.model import exchange, local_experts
 
 TOKENS = sharding.activation_spec("batch", "sequence", None)
 
@@ -46,8 +41,9 @@ class Setup:
         return self.mesh.shape[exchange.AXIS]
 
     @property
-    def local_experts(self) -> int:
-        return self.moe.routed_experts // self.devices
+    def local(self) -> local_experts.Local:
+        choices = self.moe.experts_per_token / exchange.expected_devices(self.moe, self.devices)
+        return local_experts.Local(self.moe.routed_experts // self.devices, choices, self.compute)
 
     @property
     def transport(self):
@@ -115,11 +111,22 @@ _moe_ffn.defvjp(_moe_ffn_forward, _moe_ffn_backward)
 # --- on one device ---------------------------------------------------------------------------------------------------
 
 
-def _gather(setup: Setup, masters: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Stored weights, already in the compute dtype, as they are used: this device's experts and widths."""
+def _kept(used: PartitionSpec) -> tuple[str, ...]:
+    return tuple(name for name in used if name)
+
+
+def _gather(setup: Setup, masters: tuple[jax.Array, ...], dtype) -> tuple[jax.Array, ...]:
+    """Stored weights as they are used: cast, then gathered but for this device's experts and widths."""
+    specs = zip(masters, setup.stored, setup.used, strict=True)
+    return tuple(sharding.gather(w.astype(dtype), stored, _kept(used)) for w, stored, used in specs)
+
+
+def _scatter(setup: Setup, dweights: tuple[jax.Array, ...], masters: tuple[jax.Array, ...], dtype):
+    """The transpose of `_gather`: gradients cross in `dtype`, and are added up in float32 where the masters lie."""
+    specs = zip(dweights, masters, setup.stored, setup.used, strict=True)
     return tuple(
-        sharding.gather(w, stored, kept=tuple(name for name in used if name))
-        for w, stored, used in zip(masters, setup.stored, setup.used, strict=True)
+        _add_copies(sharding.scatter(dw, stored, _kept(used), dtype), stored).astype(w.dtype)
+        for dw, w, stored, used in specs
     )
 
 
@@ -175,12 +182,14 @@ def _over_rounds(setup: Setup, tokens, this_round, rounds, compute, carry, meanw
 
 def _forward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters):
     x_TD, routes, this_round, rounds = _enter(setup, x_BTD, expert_BTK, gate_BTK)
-    weights = _gather(setup, tuple(w.astype(x_BTD.dtype) for w in masters))
+    weights = _gather(setup, masters, x_BTD.dtype)
 
     def compute(this, arrived, carry):
-        return _experts(setup, *arrived, *exchange.choices(this, setup.local_experts), weights[:3]), carry
+        return local_experts.routed(
+            setup.local, *arrived, *exchange.choices(this, setup.local.experts), weights[:3]
+        ), carry
 
-    meanwhile = functools.partial(_shared, weights[3:])
+    meanwhile = functools.partial(local_experts.shared, weights[3:])
     out_TD, _, shared_TD = _over_rounds(setup, (x_TD,), this_round, rounds, compute, (), meanwhile)
     out_TD = jax.lax.psum((out_TD + shared_TD).astype(x_BTD.dtype), "tensor")
     return out_TD.reshape(x_BTD.shape), jax.lax.psum(routes.sent, (*sharding.BATCH_AXES, "context"))
@@ -188,16 +197,18 @@ def _forward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters):
 
 def _backward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters, dout_BTD):
     x_TD, routes, this_round, rounds = _enter(setup, x_BTD, expert_BTK, gate_BTK)
-    weights, scatter = jax.vjp(functools.partial(_gather, setup), tuple(w.astype(x_BTD.dtype) for w in masters))
+    weights = _gather(setup, masters, x_BTD.dtype)
 
     def compute(this, arrived, carry):
         dgate_PTK, dweights = carry
-        choices = exchange.choices(this, setup.local_experts)
-        dx_RD, dgate_RK, dweights = _experts_backward(setup, *arrived, *choices, weights[:3], dweights)
+        choices = exchange.choices(this, setup.local.experts)
+        dx_RD, dgate_RK, dweights = local_experts.routed_backward(
+            setup.local, *arrived, *choices, weights[:3], dweights
+        )
         return dx_RD, (dgate_PTK + exchange.to_choices(dgate_RK, this), dweights)
 
     def meanwhile(x_TD, dout_TD):
-        _, pull = jax.vjp(_shared, weights[3:], x_TD)
+        _, pull = jax.vjp(local_experts.shared, weights[3:], x_TD)
         return pull(dout_TD)
 
     carry = jnp.zeros_like(routes.gate_PTK), tuple(jnp.zeros(w.shape, jnp.float32) for w in weights[:3])
@@ -206,114 +217,11 @@ def _backward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters, dout_BTD):
     (dgate_PTK, dweights), (dshared, dx_shared_TD) = carry, aside
     dx_TD = jax.lax.psum((dx_TD + dx_shared_TD).astype(x_BTD.dtype), "tensor")
     dgate_TK = jax.lax.psum(exchange.gates_back(dgate_PTK), "tensor")
-    (dmasters,) = scatter((*(dw.astype(x_BTD.dtype) for dw in dweights), *dshared))
-    dmasters = (_add_copies(dw, spec) for dw, spec in zip(dmasters, setup.stored, strict=True))
-    dmasters = tuple(dw.astype(w.dtype) for dw, w in zip(dmasters, masters, strict=True))
-    return dx_TD.reshape(x_BTD.shape), dgate_TK.reshape(gate_BTK.shape), dmasters
+    dweights = _scatter(setup, (*dweights, *dshared), masters, x_BTD.dtype)
+    return dx_TD.reshape(x_BTD.shape), dgate_TK.reshape(gate_BTK.shape), dweights
 
 
 def _add_copies(dw: jax.Array, spec: PartitionSpec) -> jax.Array:
     """The sum over the mesh axes along which the stored weight is copied."""
     split = {name for names in spec for name in (names if isinstance(names, tuple) else (names,))}
     return jax.lax.psum(dw, tuple(axis for axis in sharding.MESH_AXES if axis not in split))
-
-
-# --- the experts of one device ---------------------------------------------------------------------------------------
-
-
-def _shared(weights: tuple[jax.Array, ...], x_TD: jax.Array) -> jax.Array:
-    """The shared experts; over `tensor`, this device's share of the sum. 0 if there are none."""
-    if not weights:
-        return jnp.zeros_like(x_TD)
-    with jax.named_scope("shared"):
-        gate_DF, up_DF, down_FD = weights
-        return jnp.matmul(swiglu(jnp.matmul(x_TD, gate_DF), jnp.matmul(x_TD, up_DF)), down_FD)
-
-
-def _over_chunks(setup: Setup, body, carry, expert_RK: jax.Array):
-    """Folds `body(first, rows, expert_CK, pairs, carry)` over chunks of C rows with at most `pairs` choices in all.
-
-    A chunk is rows [first, first + C); rows of it that belong to another chunk have no choices in `expert_CK`. There
-    are as many chunks as the choices need: rows without any cost nothing.
-    """
-    (R, K), none = expert_RK.shape, setup.local_experts
-    pairs = min(max(setup.compute.expert_chunk, K), R * K)
-    likely = setup.moe.experts_per_token / exchange.expected_devices(setup.moe, setup.devices)  # choices of a row
-    C = min(R, -(-math.ceil(pairs / likely) // 8) * 8)
-    end_R = jnp.cumsum(jnp.sum(expert_RK < none, axis=1, dtype=jnp.int32))
-
-    def step(state):
-        done, carry = state
-        start = jnp.searchsorted(end_R, done, side="right").astype(jnp.int32)
-        stop = jnp.minimum(jnp.searchsorted(end_R, done + pairs, side="right").astype(jnp.int32), start + C)
-        first = jnp.minimum(start, R - C)
-        row_C = first + jnp.arange(C)
-        expert_CK = jax.lax.dynamic_slice_in_dim(expert_RK, first, C)
-        expert_CK = jnp.where(((row_C >= start) & (row_C < stop))[:, None], expert_CK, none)
-        return end_R[stop - 1], body(first, C, expert_CK, pairs, carry)
-
-    return jax.lax.while_loop(lambda state: state[0] < end_R[-1], step, (jnp.int32(0), carry))[1]
-
-
-@jax.custom_vjp
-def _gates_of_rows(gate_TK: jax.Array, layout: TileLayout) -> jax.Array:
-    return gate_TK.at[layout.token_of_row_G, layout.choice_of_row_G].get(mode="fill", fill_value=0)
-
-
-def _gates_forward(gate_TK, layout):
-    return _gates_of_rows(gate_TK, layout), layout
-
-
-def _gates_backward(layout, dgate_G):
-    return exchange.take(dgate_G, layout.row_of_choice_TK), None
-
-
-_gates_of_rows.defvjp(_gates_forward, _gates_backward)
-
-
-def _ffn(setup: Setup, layout: TileLayout, x_CD, gate_CK, gate_EDF, up_EDF, down_EFD) -> jax.Array:
-    """sum_i g_i FFN_i(x) over this device's experts. The gate scales h, so that backward needs no row of the output."""
-    matmul, moving = setup.compute.grouped_matmul, setup.compute.token_dispatch
-    x_GD = dispatch(x_CD, layout, implementation=moving)
-    h_GF = grouped_swiglu(x_GD, gate_EDF, up_EDF, layout, implementation=matmul)
-    h_GF = (_gates_of_rows(gate_CK, layout)[:, None] * h_GF.astype(jnp.float32)).astype(h_GF.dtype)
-    o_GD = grouped_matmul(h_GF, down_EFD, layout, implementation=matmul)
-    return combine(o_GD, jnp.ones_like(gate_CK), layout, implementation=moving)
-
-
-def _layout(setup: Setup, expert_CK: jax.Array, pairs: int) -> TileLayout:
-    return make_layout(expert_CK, setup.local_experts, tile_size(pairs, setup.local_experts), pairs)
-
-
-def _part(x_RD: jax.Array, first: jax.Array, rows: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x_RD, first, rows)
-
-
-def _add(y_RD: jax.Array, first: jax.Array, y_CD: jax.Array) -> jax.Array:
-    y_CD += _part(y_RD, first, y_CD.shape[0])
-    return jax.lax.dynamic_update_slice_in_dim(y_RD, y_CD, first, 0)
-
-
-def _experts(setup: Setup, x_RD, expert_RK, gate_RK, weights) -> jax.Array:
-    """y_RD: of every row the gate-weighted sum over the experts it chose here, 0 if none."""
-
-    def body(first, rows, expert_CK, pairs, y_RD):
-        layout = _layout(setup, expert_CK, pairs)
-        return _add(y_RD, first, _ffn(setup, layout, _part(x_RD, first, rows), _part(gate_RK, first, rows), *weights))
-
-    return _over_chunks(setup, body, jnp.zeros_like(x_RD), expert_RK)
-
-
-def _experts_backward(setup: Setup, x_RD, dy_RD, expert_RK, gate_RK, weights, dweights):
-    """Cotangents of rows and gates, and `dweights` (float32) with those of the weights added."""
-
-    def body(first, rows, expert_CK, pairs, carry):
-        dx_RD, dgate_RK, dweights = carry
-        ffn = functools.partial(_ffn, setup, _layout(setup, expert_CK, pairs))
-        _, pull = jax.vjp(ffn, _part(x_RD, first, rows), _part(gate_RK, first, rows), *weights)
-        dx_CD, dgate_CK, *dw = pull(_part(dy_RD, first, rows))
-        dweights = tuple(total + part for total, part in zip(dweights, dw, strict=True))
-        return _add(dx_RD, first, dx_CD), _add(dgate_RK, first, dgate_CK), dweights
-
-    carry = jnp.zeros_like(x_RD), jnp.zeros_like(gate_RK), dweights
-    return _over_chunks(setup, body, carry, expert_RK)

@@ -101,11 +101,23 @@ def gather_json(value) -> list:
 
 
 def first_process_first(function: Callable[[], object]):
-    """Call `function`, which prepares files that all processes share, in process 0 before the others."""
+    """Call `function`, which prepares files that all processes share, in process 0 before the others.
+
+    What it raises there ends the others too, as a `ConfigError` that says so.
+    """
+    if jax.process_count() == 1:
+        return function()
+    result = error = None
     if jax.process_index() == 0:
-        result = function()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("first_process_first")
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+    (reason, *_) = gather_json(error and f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    if reason is not None:
+        raise ConfigError(f"process 0 ended: {reason}")
     return result if jax.process_index() == 0 else function()
 
 

@@ -1,4 +1,4 @@
-"""The MoE layer on meshes of eight devices: equal to one device, forward and backward; what crosses and what is held."""
+"""The MoE layer on meshes of eight devices: equal to one device, forward and backward; what crosses, what is held."""
 
 import functools
 import re
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulation import ragged_all_to_all
 from small import MODEL, change, normal, perturbed
 
 from dsv2_jax import sharding
@@ -14,7 +15,6 @@ from dsv2_jax.config import ConfigError, DroppingConfig
 from dsv2_jax.model import exchange
 from dsv2_jax.model.expert_parallel import Setup
 from dsv2_jax.model.moe import MoE
-from emulation import ragged_all_to_all
 from oracles.compare import assert_close
 from oracles.routing import choose
 
@@ -68,9 +68,9 @@ def crossing(config, devices, y_BTD):
     ("mesh", "name"),
     [
         ("expert=8", "v2"),
-        ("expert=8", "lite"),
+        pytest.param("expert=8", "lite", marks=pytest.mark.slow),
         ("expert=8", "dropping"),
-        ("expert=8", "ragged"),
+        pytest.param("expert=8", "ragged", marks=pytest.mark.slow),
         ("expert=4,fsdp=2", "v2"),
         ("expert=2,tensor=2,data=2", "lite"),
         ("context=4,expert=2", "v2"),
@@ -109,7 +109,7 @@ def test_a_batch_that_does_not_divide_runs():
 
 
 def test_ragged_refuses_a_cpu():
-    with sharding.use(sharding.make_mesh("expert=8")), pytest.raises(ConfigError, match="ragged.*stepwise"):
+    with sharding.use(sharding.make_mesh("expert=8")), pytest.raises(ConfigError, match=r"ragged.*stepwise"):
         jax.eval_shape(module(CONFIGS["ragged"]), normal(0, B, T, D), REAL)
 
 

@@ -1,11 +1,16 @@
 """What is alive where a program holds most, from schedules written by hand and from the compiler's own."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from dsv2_jax import sharding
 from dsv2_jax.planning import live
 
+PLAIN = jax.lax.convert_element_type
 # Three arrays of 4096, 2048 and 1024 bytes; the peak is inside the loop, beside what is used after it.
 MODULE = """HloModule m, is_scheduled=true
 
@@ -77,3 +82,44 @@ def test_near_the_compilers_own_figure(layers):
     assert len(kept) >= 1
     reported = compiled.memory_analysis().temp_size_in_bytes
     assert sum(one.nbytes for one in held) == pytest.approx(reported, rel=0.35)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='needs libtpu: pip install -e ".[tpu]"')
+@pytest.mark.filterwarnings("ignore:Error (reading|writing) persistent compilation cache")
+@pytest.mark.parametrize("cast", [sharding.cast, PLAIN], ids=["ours", "plain"])
+def test_masters_are_cast_layer_by_layer(cast, monkeypatch):
+    """The reason of `sharding.cast`: with a plain cast the compiler holds the weights of all layers a second time."""
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    monkeypatch.setattr(sharding, "cast", cast)
+    layers, D, F = 6, 1024, 2048
+    mesh = sharding.make_mesh("fsdp=4", topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices)
+
+    def loss(w_LDF, x_BTD):
+        def layer(x_BTD, w_DF):
+            w_DF = sharding.gathered(w_DF, ("embed", "mlp"), jnp.bfloat16)
+            return jnp.tanh(x_BTD @ w_DF) @ w_DF.T, None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x_BTD, w_LDF)[0].astype(jnp.float32))
+
+    w = sharding.parameter_sharding(("embed", "mlp"), (layers, D, F), mesh)
+    x = jax.sharding.NamedSharding(mesh, sharding.activation_spec("batch", "sequence", "embed"))
+    arguments = (
+        jax.ShapeDtypeStruct((layers, D, F), jnp.float32, sharding=w),
+        jax.ShapeDtypeStruct((4, 1024, D), jnp.bfloat16, sharding=x),
+    )
+    with sharding.use(mesh):
+        compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile()
+    stacked = [one for one in live.at_peak(compiled.as_text()) if str(one.shape) == f"bf16[{layers},{D // 4},{F}]"]
+    assert len(stacked) == (1 if cast is PLAIN else 0)
+
+
+def test_rounding_first_changes_nothing():
+    values = np.random.default_rng(0).integers(0, 2**32, 100_000, np.uint32).view(np.float32)
+    values = np.where(np.abs(values) < 1e-37, 0, values)  # subnormal numbers apart
+    ours, plain = (
+        np.asarray(x, np.float32) for x in (sharding.cast(jnp.asarray(values), jnp.bfloat16), jnp.bfloat16(values))
+    )
+    np.testing.assert_array_equal(ours, plain)

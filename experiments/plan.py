@@ -155,6 +155,8 @@ def _traffic(plan) -> list[str]:
         for kind, values in plan.compiled.program.by_kind().items():
             lines.append(row(kind, str(values["count"]), values["wire_bytes"]))
         lines.append(row("all", "", plan.compiled.program.wire_bytes))
+        if further := plan.compiled.program.further_wire_bytes:
+            lines.append(row("more, in rounds if needed, each", "", further))
     if plan.estimate.traffic:
         lines += [row(f"least: {one.name}", "", one.nbytes) for one in plan.estimate.traffic]
         lines.append(row("least: all", "", plan.estimate.wire_bytes))

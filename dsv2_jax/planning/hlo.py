@@ -166,7 +166,7 @@ class Loops:
     """Evaluates the few integers that decide how often loops run."""
 
     def __init__(self, module: Module):
-        self.module = module
+        self.module, self.kept = module, {}
 
     def value(self, computation: str, name: str, parameters):
         """An integer, an `Element`, a list (a tuple), or None where it is not known before the program runs.
@@ -204,7 +204,13 @@ class Loops:
         if source.opcode == "tuple":  # not all of it: tuples of loops are long
             return self.value(computation, source.operands[index], parameters)
         if source.opcode == "while":
-            state = self.invariant(source, self.value(computation, source.operands[0], parameters))
+            body = source.called("body")
+            if not self._kept(body)[index]:
+                return None
+            start = self.module.computations[computation][source.operands[0]]
+            if start.opcode == "tuple":
+                return self.value(computation, start.operands[index], parameters)
+            state = self.value(computation, start.name, parameters)
         else:
             state = self.value(computation, base, parameters)
         if state == "state":
@@ -215,12 +221,19 @@ class Loops:
         """The loop's state with what changes in it, or is not known, replaced by None."""
         if not isinstance(start, list):
             return None
-        body = loop.called("body")
-        root = self.module.root(body)
-        if root.opcode != "tuple":
-            return [None] * len(start)
-        kept = [self.value(body, name, ["state"]) == Element(i) for i, name in enumerate(root.operands)]
-        return [value if keep else None for value, keep in zip(start, kept, strict=True)]
+        return [value if keep else None for value, keep in zip(start, self._kept(loop.called("body")), strict=True)]
+
+    def _kept(self, body: str) -> list[bool]:
+        """Which elements of its state a loop's body hands on as they are."""
+        if body not in self.kept:
+            root = self.module.root(body)
+            if root.opcode == "tuple":
+                self.kept[body] = [
+                    self.value(body, name, ["state"]) == Element(i) for i, name in enumerate(root.operands)
+                ]
+            else:
+                self.kept[body] = [False] * len(root.shapes)
+        return self.kept[body]
 
     def trips(self, computation: str, loop: Instruction, parameters) -> int | None:
         """How often the body of a while instruction runs; None where the program itself decides."""

@@ -132,7 +132,8 @@ class Plan:
                 kind: {**row, "wire_bytes_per_token": row["wire_bytes"] / per_token}
                 for kind, row in read.by_kind().items()
             }
-            result["collectives"] = {"wire_bytes": read.wire_bytes, "by_kind": by_kind}
+            sent = {"wire_bytes": read.wire_bytes, "wire_bytes_of_loops_of_unknown_length": read.further_wire_bytes}
+            result["collectives"] = {**sent, "by_kind": by_kind}
             result["flops"] |= {"compiled": read.flops, "unseen_kernels": read.opaque}
             result["memory"]["largest_temporaries"] = [
                 {"bytes": one.nbytes, "array": str(one.shape), "source": one.source} for one in self.compiled.largest

@@ -44,6 +44,7 @@ class Collective:
     times: int
     source: str
     asynchronous: bool
+    certain: bool = True  # False inside a loop whose length depends on the data: it may never run
 
     @property
     def wire_bytes(self) -> float:
@@ -118,12 +119,18 @@ class Program:
 
     @property
     def wire_bytes(self) -> float:
-        return sum(one.wire_bytes * one.times for one in self.collectives)
+        """Bytes that leave the device in every step."""
+        return sum(one.wire_bytes * one.times for one in self.collectives if one.certain)
+
+    @property
+    def further_wire_bytes(self) -> float:
+        """Bytes that leave it besides, if each loop whose length depends on the data runs once."""
+        return sum(one.wire_bytes * one.times for one in self.collectives if not one.certain)
 
     def by_kind(self) -> dict[str, dict[str, float]]:
-        """Per kind of collective: how many run, their operands' bytes and those that leave the device."""
+        """Per kind of collective: how many run in every step, their operands' bytes and those that leave the device."""
         table: dict[str, dict[str, float]] = {}
-        for one in self.collectives:
+        for one in filter(lambda one: one.certain, self.collectives):
             row = table.setdefault(one.kind, {"count": 0, "operand_bytes": 0, "wire_bytes": 0.0})
             row["count"] += one.times
             row["operand_bytes"] += one.times * one.operand_bytes
@@ -135,7 +142,7 @@ def read(text: str) -> Program:
     """The collectives and matrix products of HLO `text`, loops multiplied out.
 
     Of a conditional the branch that sends most (then: multiplies most) counts. A loop whose number of iterations is
-    not in the program counts once, and is named.
+    not in the program is named; its products count once, what it sends is kept apart.
     """
     module = parse(text)
     return _walk(module, Loops(module), module.entry, [])
@@ -170,9 +177,17 @@ def _walk(module: Module, loops: Loops, computation: str, parameters) -> Program
             state = loops.invariant(ins, loops.value(computation, ins.operands[0], parameters))
             if times is None:
                 total.unknown_loops.append(ins.source or ins.name)
-            add(inside(ins.called("body"), [state]), 1 if times is None else times)
+            part = inside(ins.called("body"), [state])
+            if times is None:
+                part.collectives = [dataclasses.replace(one, certain=False) for one in part.collectives]
+            add(part, 1 if times is None else times)
         elif ins.opcode == "conditional":
-            add(max(map(inside, _branches(ins)), key=lambda part: (part.wire_bytes, part.flops)))
+            add(
+                max(
+                    map(inside, _branches(ins)),
+                    key=lambda part: (part.wire_bytes + part.further_wire_bytes, part.flops),
+                )
+            )
         elif ins.opcode in ("fusion", "call", "async-start"):
             called = ins.called("calls") or ins.called("to_apply")
             add(inside(called))

@@ -104,8 +104,9 @@ def test_a_loop_whose_length_is_data_counts_once_and_is_named(where):
         return jax.lax.while_loop(lambda state: state[0] < n[0], body, (jnp.int32(0), x_RD))[1]
 
     found = read(where, function, [P(("a", "b")), P()], shape(8 * ROWS, D), shape(1, dtype=jnp.int32))
-    assert [one.times for one in of_kind(found, "collective-permute")] == [1]
+    assert [(one.times, one.certain) for one in of_kind(found, "collective-permute")] == [(1, False)]
     assert len(found.unknown_loops) == 1
+    assert (found.wire_bytes, found.further_wire_bytes) == (0, ROWS * D * 4)
 
 
 @pytest.mark.parametrize("where", PLACES)

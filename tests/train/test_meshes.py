@@ -80,7 +80,7 @@ def assert_equal_results(found, expected):
         assert_close(other, leaf, 2e-5, jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("text", [pytest.param(text, marks=pytest.mark.slow) for text in MESHES[:2]] + [*MESHES[2:]])
+@pytest.mark.parametrize("text", [pytest.param(text, marks=pytest.mark.slow) for text in MESHES[:3]] + [*MESHES[3:]])
 def test_a_mesh_gives_the_numbers_of_one_device(text):
     """Logits, loss, every gradient, loads of all experts: so all choices, whose gaps are wide enough here."""
     assert_equal_results(results(MODEL, text), alone(MODEL))
@@ -107,10 +107,11 @@ def test_no_choice_of_an_expert_is_close():
     assert min(gaps) > GAP
 
 
-@pytest.mark.parametrize("text", ["context=4,expert=2", pytest.param("expert=4,fsdp=2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["context=4,expert=2", "expert=4,fsdp=2"])
 def test_a_mesh_drops_the_tokens_that_one_device_drops(text):
     found, expected = results(DROPPING, text), alone(DROPPING)
-    assert np.sum(expected[0][1][0].moe.dropped) > 0
+    assert np.sum(expected[0][1][1].dropped) > 0
     assert_equal_results(found, expected)
 
 
@@ -119,6 +120,7 @@ def test_the_baseline_attention_on_a_mesh(text):
     assert_equal_results(results(GQA, text), alone(GQA))
 
 
+@functools.cache
 def losses(config, text: str | None, steps: int) -> list[float]:
     mesh = sharding.make_mesh(text) if text else None
     with sharding.use(mesh):
@@ -136,20 +138,14 @@ def training(steps: int):
     return small_training.experiment(model, steps=steps, batch_size=ROWS, optimizer__warmup_steps=5)
 
 
-@pytest.mark.parametrize("text", ["fsdp=4,data=2", pytest.param("context=4,expert=2", marks=pytest.mark.slow)])
-def test_training_starts_and_stays_together(text):
+@pytest.mark.slow
+@pytest.mark.parametrize("text", MESHES)
+def test_training_stays_together_on_every_mesh(text):
     config = training(50)
     one, many = losses(config, None, 50), losses(config, text, 50)
     assert one[-1] < one[0] - 1
-    np.testing.assert_allclose(many, one, rtol=2e-3)
     np.testing.assert_allclose(many[:5], one[:5], rtol=2e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("text", [text for text in MESHES if text != "context=4,expert=2"])
-def test_training_stays_together_on_every_mesh(text):
-    config = training(50)
-    np.testing.assert_allclose(losses(config, text, 50), losses(config, None, 50), rtol=2e-3)
+    np.testing.assert_allclose(many, one, rtol=2e-3)
 
 
 @pytest.mark.slow

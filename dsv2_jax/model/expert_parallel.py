@@ -117,9 +117,8 @@ def _kept(used: PartitionSpec) -> tuple[str, ...]:
 
 def _gather(setup: Setup, masters: tuple[jax.Array, ...], dtype) -> tuple[jax.Array, ...]:
     """Stored weights as they are used: cast, then gathered but for this device's experts and widths."""
-    masters = jax.lax.optimization_barrier(masters)  # or XLA casts all layers at once, before the scan over them
     specs = zip(masters, setup.stored, setup.used, strict=True)
-    return tuple(sharding.gather(w.astype(dtype), stored, _kept(used)) for w, stored, used in specs)
+    return tuple(sharding.gather(sharding.cast(w, dtype), stored, _kept(used)) for w, stored, used in specs)
 
 
 def _scatter(setup: Setup, dweights: tuple[jax.Array, ...], masters: tuple[jax.Array, ...], dtype):

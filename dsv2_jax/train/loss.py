@@ -64,7 +64,8 @@ def _over_devices(h_BTD, w_DV, targets_BT, weights_BT, chunk: int, with_gradient
         if not with_gradient:
             return nll
         dh = jax.lax.psum(dh, vocab_axis) if vocab_axis else dh
-        return nll, dh, jax.lax.psum(sharding.scatter(dw, spec, kept=("tensor",), dtype=h_BTD.dtype), "data")
+        dw = jax.lax.psum(sharding.scatter(dw, spec, kept=("tensor",), dtype=h_BTD.dtype), "data")
+        return jax.lax.optimization_barrier((nll, dh, dw))  # or the whole dw waits until the backward pass is over
 
     outs = (PartitionSpec(), hidden, spec) if with_gradient else PartitionSpec()
     call = jax.shard_map(local, in_specs=(hidden, spec, tokens, tokens), out_specs=outs, check_vma=False)

@@ -72,6 +72,15 @@ def test_the_compiled_training_step_takes_the_state_and_the_batch(mesh, model):
     assert all("moe" in source for source in compiled.program.unknown_loops)
 
 
+def test_the_compiled_decoding_step_takes_the_weights_and_the_cache():
+    one = job("data=2,fsdp=4", DENSE, per_device=2)
+    compiled = plan.compile_decoding(one, jax.devices()[:8])
+    cache = one.per_device * one.length * counting.cached_elements(DENSE) * 2
+    assert compiled.memory["cache"] == cache + 4 * one.per_device  # and the tokens each row holds
+    assert compiled.memory["other arguments"] == 4 * one.per_device  # the newest tokens
+    assert compiled.program.by_kind()["all-gather"]["wire_bytes"] > 0
+
+
 def test_state_of_236b_parameters_on_128_chips():
     one = v2()
     total = analytic.stored_bytes(abstract_state(plan.experiment(one)), one.mesh)

@@ -92,6 +92,8 @@ def attention(q_BTNH, k_BTKH, v_BTKV, segments_BT=None, *, scale: float, impleme
 def zigzag(length: int, devices: int) -> np.ndarray:
     """Which position of a sequence stands at each place when `devices` share it: device i holds the i-th and the
     i-th last of 2 `devices` equal pieces, so that all have the same number of (query, earlier key) pairs."""
+    if devices == 1:
+        return np.arange(length)
     pieces = np.arange(length).reshape(2 * devices, -1)
     order = [piece for i in range(devices) for piece in (i, 2 * devices - 1 - i)]
     return pieces[order].reshape(-1)

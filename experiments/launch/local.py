@@ -66,15 +66,18 @@ def watch(children: list[subprocess.Popen], grace: float) -> int:
         if None not in codes:
             return 0
         time.sleep(0.1)
-    code = codes[failed[0]]
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     wait(children, grace)
+    # One whose peer was killed ends too, perhaps sooner than the killed one is noticed: that one is to be named.
+    killed = [i for i, child in enumerate(children) if (child.poll() or 0) < 0]
+    first = (killed or failed)[0]
+    code = children[first].returncode
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     for child in children:
         if child.poll() is None:
             child.kill()
     wait(children, grace)
     print(
-        f"local.py: error: process {failed[0]} of {len(children)} {how}; the job was ended. "
+        f"local.py: error: process {first} of {len(children)} {how}; the job was ended. "
         "The same command goes on from its last checkpoint.",
         file=sys.stderr,
     )

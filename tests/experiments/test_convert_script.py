@@ -56,7 +56,7 @@ def test_there_and_back(src, tmp_path, monkeypatch, capsys):
 def test_what_is_imported_is_what_the_generation_script_opens(src, tmp_path, monkeypatch):
     assert run(monkeypatch, "import", src, tmp_path / "ours") == 0
     load = importlib.import_module("generate").load
-    (model, tokenizer), (expected, _) = (load(str(path), None, None) for path in (tmp_path / "ours", src))
+    (model, tokenizer), (expected, _) = (load(str(path), None, None, None) for path in (tmp_path / "ours", src))
     jax.tree.map(np.testing.assert_array_equal, model, expected)
     assert tokenizer.encode("some text") == Tokenizer.load(src / "tokenizer.json").encode("some text")
 

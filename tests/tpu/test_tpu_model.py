@@ -11,12 +11,13 @@ from jax.sharding import AbstractMesh, AxisType
 from dsv2_jax.model.cache import make_cache
 from dsv2_jax.model.transformer import Transformer
 from dsv2_jax.presets import V2_LITE
+from dsv2_jax.sharding import MESH_AXES
 
 
 @pytest.fixture
 def model():
     device = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
-    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    mesh = AbstractMesh((1,) * 5, MESH_AXES, axis_types=(AxisType.Auto,) * 5, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         yield jax.eval_shape(functools.partial(Transformer, V2_LITE), jax.random.key(0))
 

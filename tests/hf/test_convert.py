@@ -80,8 +80,8 @@ def folders(request, tmp_path_factory):
     """(style, a bfloat16 folder, its import, the export of that), converted in small pieces."""
     home, style = tmp_path_factory.mktemp("folders"), request.param
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "PIECE", 500)
-        patch.setattr(arrays, "IN_FLIGHT", 2000)
+        patch.setattr(convert, "PIECE", 1000)
+        patch.setattr(arrays, "IN_FLIGHT", 20_000)
         src = write(home / "src", style=style)
         convert.import_folder(src, home / "ours")
         convert.export_folder(home / "ours", home / "back", shard_bytes=60_000)

@@ -57,7 +57,8 @@ def _dot(a, b, dimensions=(((1,), (0,)), ((), ()))) -> jax.Array:
 
 
 def _tokens(x_TD, token_B) -> jax.Array:
-    return x_TD.at[token_B].get(mode="fill", fill_value=0)
+    # A padding row has token T and reads the last one instead: its gate is 0, and its result is not added to any token.
+    return x_TD.at[token_B].get(mode="clip")
 
 
 def _of(w_EDF, expert) -> jax.Array:

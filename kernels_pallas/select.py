@@ -32,7 +32,8 @@ def select(op: str, name: str, implementations: dict[str, ModuleType], *argument
 
     Args:
       implementations: fastest first. A module that does not run everywhere has `unsupported(target, *arguments)`, the
-        reason why it cannot run, or None.
+        reason why it cannot run, or None; one that is not for every device has `automatic(target)`, whether it may be
+        taken unnamed.
     Raises:
       ValueError: there is no such implementation, or it cannot run: the message lists those there are, or says why.
     """
@@ -42,10 +43,16 @@ def select(op: str, name: str, implementations: dict[str, ModuleType], *argument
         if reason := unsupported(implementations[name], *arguments):
             raise ValueError(f"{op}: implementation {name!r} cannot run: {reason}")
         return implementations[name]
-    return next(module for module in implementations.values() if unsupported(module, *arguments) is None)
+    return next(m for m in implementations.values() if automatic(m) and unsupported(m, *arguments) is None)
 
 
 def unsupported(implementation: ModuleType, *arguments, on: Target | None = None) -> str | None:
     """Why `implementation` cannot run with these arguments on `on` (None: the present target); None if it can."""
     predicate = getattr(implementation, "unsupported", None)
     return predicate(on or target(), *arguments) if predicate else None
+
+
+def automatic(implementation: ModuleType, on: Target | None = None) -> bool:
+    """Whether "auto" may take `implementation` on this device, where another one may be faster."""
+    predicate = getattr(implementation, "automatic", None)
+    return predicate(on or target()) if predicate else True

@@ -6,10 +6,11 @@ python -m kernels_pallas.support
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.expert_ffn import api as expert_ffn
 from kernels_pallas.flash_attention import api as flash_attention
 from kernels_pallas.grouped_matmul import api as grouped_matmul
 from kernels_pallas.latent_attention import api as latent_attention
-from kernels_pallas.select import Target, unsupported
+from kernels_pallas.select import Target, automatic, unsupported
 from kernels_pallas.tiles import make_layout
 from kernels_pallas.token_dispatch import api as token_dispatch
 
@@ -40,6 +41,7 @@ def operations() -> dict[str, tuple]:
         "latent_attention": (latent, (_array(8, 1, N, 576), latents, offset, 512, 0.1)),
         "grouped_matmul": (grouped_matmul.IMPLEMENTATIONS, (rows, [_array(E, D, F)], layout)),
         "token_dispatch": (token_dispatch.IMPLEMENTATIONS, ()),
+        "expert_ffn": (expert_ffn.IMPLEMENTATIONS, ()),
     }
 
 
@@ -54,11 +56,12 @@ def table() -> list[tuple[str, str, str, str | None]]:
 
 
 def main() -> None:
-    automatic = set()
+    taken = set()
     for op, name, place, reason in table():
-        first = reason is None and (op, place) not in automatic
+        module = operations()[op][0][name]
+        first = reason is None and automatic(module, TARGETS[place]) and (op, place) not in taken
         if first:
-            automatic.add((op, place))
+            taken.add((op, place))
         print(f"{op:22} {name:12} {place:10} {'automatic' if first else 'yes' if reason is None else 'no: ' + reason}")
 
 

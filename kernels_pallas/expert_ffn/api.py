@@ -3,9 +3,13 @@
 import jax
 
 from kernels_pallas.expert_ffn import composed, reference, xla
-from kernels_pallas.select import select, target
+from kernels_pallas.select import select
 
-IMPLEMENTATIONS = {"composed": composed, "xla": xla, "reference": reference}
+IMPLEMENTATIONS = {  # fastest first
+    "composed": composed,
+    "xla": xla,
+    "reference": reference,
+}
 
 
 def expert_ffn(
@@ -37,9 +41,7 @@ def expert_ffn(
     if any(w.dtype != x_TD.dtype for w in (gate_EDF, up_EDF, down_EFD)):
         raise ValueError(f"weights and rows must have one dtype; the rows have {x_TD.dtype}")
     arguments = (x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, expert_TK.size if most is None else most)
-    if implementation == "auto":  # on CPUs one loop is faster than four ops; elsewhere those have kernels
-        named = (grouped_matmul, token_dispatch) != ("auto", "auto")
-        implementation = "xla" if target().platform == "cpu" and not named else "composed"
-    if implementation == "composed":
-        return composed.expert_ffn(*arguments, grouped_matmul, token_dispatch)
-    return select("expert_ffn", implementation, IMPLEMENTATIONS).expert_ffn(*arguments)
+    if implementation == "auto" and (grouped_matmul, token_dispatch) != ("auto", "auto"):
+        implementation = "composed"
+    chosen = select("expert_ffn", implementation, IMPLEMENTATIONS)
+    return chosen.expert_ffn(*arguments, *((grouped_matmul, token_dispatch) if chosen is composed else ()))

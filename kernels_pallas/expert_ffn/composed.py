@@ -7,8 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, rows_per_tile
+from kernels_pallas.select import Target
 from kernels_pallas.tiles import TileLayout, make_layout
 from kernels_pallas.token_dispatch import combine, dispatch
+
+
+def automatic(target: Target) -> bool:
+    """On CPUs the one loop of xla.py is faster."""
+    return target.platform != "cpu"
 
 
 def expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, most, matmul: str, moving: str) -> jax.Array:

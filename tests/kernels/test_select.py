@@ -71,6 +71,14 @@ def test_automatic_takes_the_first_that_runs():
     assert select("op", "auto", {"a": fast, "c": everywhere, "b": slow}, 1) is everywhere
 
 
+def test_automatic_leaves_out_what_is_not_for_this_device():
+    elsewhere, here = types.SimpleNamespace(automatic=lambda target: target.platform == "tpu"), types.SimpleNamespace()
+    assert select("op", "auto", {"a": elsewhere, "b": here}) is here
+    assert select("op", "a", {"a": elsewhere, "b": here}) is elsewhere
+    with jax.sharding.use_abstract_mesh(mesh_of(V5P)):
+        assert select("op", "auto", {"a": elsewhere, "b": here}) is elsewhere
+
+
 def test_a_named_one_runs_or_raises_with_its_reason():
     implementations = {"a": module("not on"), "b": module(), "c": types.SimpleNamespace()}
     assert select("op", "c", implementations, 7) is implementations["c"]
@@ -101,9 +109,9 @@ def test_the_table_is_printed_and_automatic_is_unique(capsys):
     support.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(support.table())
-    assert sum(" automatic" in line for line in lines) == 5 * len(support.TARGETS)
+    assert sum(" automatic" in line for line in lines) == len(support.operations()) * len(support.TARGETS)
     on_cpu = [line.split()[1] for line in lines if " automatic" in line and " CPU " in line]
-    assert on_cpu == ["xla"] * 5
+    assert on_cpu == ["xla"] * len(support.operations())
 
 
 def case(T=256, H=192, V=128, dtype=jnp.bfloat16):

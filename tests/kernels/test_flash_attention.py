@@ -108,6 +108,16 @@ def test_backward_matches_finite_differences(name):
             assert abs(actual - expected) <= 1e-5 * size, which
 
 
+def test_backward_has_no_array_without_elements():
+    """As a constant operand of shard_map one crashes the compiler of JAX 0.11.2 on a mesh."""
+
+    def loss(q, k, v):
+        return jnp.sum(package.flash_attention(q, k, v, scale=SCALE, implementation="xla"))
+
+    q, k, v = inputs(1, 150, 2, 2, 8, 12)  # three blocks: gradients of the first keys are added to all keys'
+    assert "[0]" not in str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, v))
+
+
 def leak(attention, segments=None, first_changed=100, last_changed=140, watched=slice(0, 100)):
     """Largest change of the watched outputs, and largest gradient of them, with respect to tokens they must not see."""
     qkv = inputs(1, 140, 2, 2, 6, 5)

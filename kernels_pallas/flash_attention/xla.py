@@ -50,9 +50,9 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 def _add_first(x_BNSH, first_BNsH):
     """`x` with `first` added to its first keys.
 
-    As `x.at[:, :, :s].add(first)`, but that is a scatter whose indices have no elements. As a constant operand of
-    shard_map, which it becomes in a gradient, such an array crashes the compiler of JAX 0.11.2 (Shardy's
-    canonicalization of manual computations, once XLA's elimination of empty arrays has left the operand unused).
+    As `x.at[:, :, :s].add(first)`, but that is a scatter whose array of indices has no elements. In a gradient it
+    becomes an operand of the shard_map around, and on one without elements the compiler of JAX 0.11.2 crashes
+    (Shardy's ManualComputationUnusedInputsPattern).
     """
     first = x_BNSH[:, :, : first_BNsH.shape[2]] + first_BNsH
     return jax.lax.dynamic_update_slice_in_dim(x_BNSH, first, 0, axis=2)

@@ -109,7 +109,7 @@ def test_backward_matches_finite_differences(name):
 
 
 def test_backward_has_no_array_without_elements():
-    """As a constant operand of shard_map one crashes the compiler of JAX 0.11.2 on a mesh."""
+    """As an operand of shard_map one crashes the compiler of JAX 0.11.2."""
 
     def loss(q, k, v):
         return jnp.sum(package.flash_attention(q, k, v, scale=SCALE, implementation="xla"))

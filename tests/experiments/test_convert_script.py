@@ -125,9 +125,10 @@ def test_help_shows_examples_of_both_commands():
 
 
 STOPPING = """
-import sys, time
+import signal, sys, time
 from dsv2_jax.hf import arrays, journal
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have it ignored
 arrays.IN_FLIGHT, add, left = 0, journal.Journal.add, int(sys.argv.pop(1))  # as soon as it is written it is noted
 
 def stopping(self, entry):
@@ -136,7 +137,7 @@ def stopping(self, entry):
     left -= 1
     if not left:
         print("now", flush=True)
-        time.sleep(600)
+        time.sleep(60)
 
 journal.Journal.add = stopping
 import common, convert

@@ -8,9 +8,10 @@ A run's folder holds one folder per step, which appears under its final name onl
     120/config/       JSON: the experiment
     120/checksums/    JSON: a 32-bit sum of every array and document above, checked when they are read back
 
-Scan-stacked arrays are stored in chunks of one layer (and one expert), so that export can stream slices of a model
-larger than memory. A checkpoint made from released weights (`dsv2_jax.hf.convert`) has no training and no iterator, its
-config is {"model": ...}, and its arrays keep the type of those weights.
+Scan-stacked arrays are stored in chunks of one layer (and one expert), and any array in chunks of at most 64 MiB, so
+that export can stream slices of a model larger than memory. A checkpoint made from released weights
+(`dsv2_jax.hf.convert`) has no training and no iterator, its config is {"model": ...}, and its arrays keep the type of
+those weights.
 """
 
 import functools
@@ -29,6 +30,7 @@ from jax.experimental import multihost_utils
 
 ARRAYS = ("params", "training")
 DOCUMENTS = ("iterator", "config")
+CHUNK = 64 * 2**20  # bytes of the largest piece in which an array is stored
 
 
 class CheckpointError(RuntimeError):
@@ -85,14 +87,18 @@ def from_dict(like, values: dict):
 
 
 def _save_args(tree) -> dict:
-    """How each array of `to_dict(tree)` is stored: layers (axes a scan added) and experts in chunks of one."""
+    """How each array of `to_dict(tree)` is stored: layers (axes a scan added) and experts in chunks of one.
+
+    What is then still larger than `CHUNK`, as the embeddings are, is divided along its longest axes.
+    """
 
     def arguments(leaf):
         if not _is_parameter(leaf):
-            return ocp.SaveArgs()
+            return ocp.SaveArgs(chunk_byte_size=CHUNK)
         axes = leaf.get_metadata("axes")
         layers = jax.tree.leaves(leaf)[0].ndim - len(axes)
-        return ocp.SaveArgs(shard_axes=tuple(range(layers + (axes[0] == "expert"))))
+        single = tuple(range(layers + (axes[0] == "expert")))
+        return ocp.SaveArgs(shard_axes=single, chunk_byte_size=CHUNK)
 
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_parameter)
     return _nest({_names(path): arguments(leaf) for path, leaf in leaves})

@@ -161,6 +161,7 @@ class MoEConfig:
 
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
+TRANSPORTS = ("auto", "stepwise", "ragged")
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,18 @@ class ComputeConfig:
     token_dispatch: str = "auto"
     flash_attention: str = "auto"
     latent_attention: str = "auto"
+    # On a mesh: how hidden states reach the devices of their experts. "stepwise" permutes, which overlap with compute;
+    # "ragged" sends the exact bytes in one step, on TPU and GPU only; "auto" is stepwise.
+    expert_transport: str = "auto"
+    expert_slack: float = 1.25  # rows from one device to another at once, over the even share; others follow after
+    expert_chunk: int = 16384  # (token, expert) rows that a device computes at once
 
     def __post_init__(self):
-        _positive(self, "unroll", "loss_chunk")
+        _positive(self, "unroll", "loss_chunk", "expert_slack", "expert_chunk")
         check(self.dtype in DTYPES, "ComputeConfig.dtype", self.dtype, f"be one of {', '.join(DTYPES)}")
         check(self.remat in REMAT_POLICIES, "ComputeConfig.remat", self.remat, f"be one of {', '.join(REMAT_POLICIES)}")
+        ok = self.expert_transport in TRANSPORTS
+        check(ok, "ComputeConfig.expert_transport", self.expert_transport, f"be one of {', '.join(TRANSPORTS)}")
 
 
 @dataclass(frozen=True)
@@ -381,6 +389,7 @@ class ExperimentConfig:
     model: ModelConfig
     train: TrainConfig
     data: DataConfig
+    mesh: str | None = None  # devices along each axis, as in "fsdp=16,expert=8" (sharding.py); None: one device
 
     def __post_init__(self):
         length, most = self.train.sequence_length, self.model.max_length

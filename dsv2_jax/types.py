@@ -32,5 +32,6 @@ class MoEStats:
     assignments: jax.Array  # float32: (token, expert) pairs chosen, before dropping
     dropped: jax.Array  # float32: pairs dropped
     sends: jax.Array  # float32: (token, group) pairs: hidden states that would cross to a device group
+    crossed: jax.Array  # float32: hidden states that went from one device of the mesh to another to reach their experts
     balance_3: jax.Array  # float32: expert, device, communication losses, summed over sequences, coefficients included
     sequences: jax.Array  # float32: sequences (packed rows with any token) the balance losses are summed over

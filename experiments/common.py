@@ -20,6 +20,7 @@ Any field of dsv2_jax/config.py may follow as --config.section.field=value:
   --config.data.sources.0.paths='a.txt,b/*.jsonl'   a tuple; sources.0 is the first source
   --config.train.optimizer.clip_norm=None           None switches a field or a section off
   --config.model.moe.dropping.capacity_factor=1.5   a field of a section that is off switches it on
+  --config.mesh=fsdp=16,expert=8                    devices along data, fsdp, expert, tensor, context; one may be rest
 """
 
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
@@ -31,14 +32,49 @@ def argument_parser(description: str, example: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False)
 
 
-def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of `parser`; if it has --config, also `overrides`, the (field, text) pairs of --config.field=text."""
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `start_processes` reads: how several processes, one on each host, find each other."""
+    group = parser.add_argument_group("several hosts", "the same command on each; they share the folder")
+    add = group.add_argument
+    add("--distributed", action="store_true", help="find the other processes from Slurm, GKE, a TPU pod or Open MPI")
+    add("--coordinator", metavar="HOST:PORT", help="or name the first process's address, a port that is free there")
+    add("--processes", type=int, metavar="N", help="and how many there are")
+    add("--process", type=int, metavar="I", help="and which this one is, from 0")
+    add("--heartbeat", type=int, default=100, metavar="S", help="seconds after which a silent process counts as dead")
+
+
+def start_processes(arguments: argparse.Namespace) -> None:
+    """Join the other processes as the flags say; call it before JAX is used. Without flags this one is alone."""
+    explicit = {name: getattr(arguments, name) for name in ("coordinator", "processes", "process")}
+    missing = [f"--{name}" for name, value in explicit.items() if value is None]
+    if len(missing) == 3 and not arguments.distributed:
+        return
+    if arguments.distributed == (len(missing) < 3) or 0 < len(missing) < 3:
+        raise ConfigError(f"--distributed alone, or all of --coordinator, --processes, --process; missing: {missing}")
+    import jax
+
+    place = (arguments.coordinator, arguments.processes, arguments.process)
+    times = {"heartbeat_timeout_seconds": arguments.heartbeat, "shutdown_timeout_seconds": arguments.heartbeat}
+    try:
+        jax.distributed.initialize(*place, **times)
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"{_script()}: error: the processes did not find each other: {str(error).splitlines()[0]}")
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None, fields: tuple[str, ...] | None = None
+) -> argparse.Namespace:
+    """The flags of `parser`, and `overrides`, the (field, text) pairs of --config.field=text.
+
+    Any field may be overridden if the parser has --config; else those of `fields`, and what is in them.
+    """
     arguments, rest = parser.parse_known_args(argv)
-    known = [f"--{name}" for name in vars(arguments)]
+    known = [f"--{name}" for name in vars(arguments)] + [f"--config.{field}" for field in fields or ()]
     arguments.overrides = []
     for argument in rest:
         flag, equals, text = argument.partition("=")
-        if flag.startswith("--config.") and "--config" in known:
+        allowed = "--config" in known or any(f"{flag}.".startswith(f"--config.{field}.") for field in fields or ())
+        if flag.startswith("--config.") and allowed:
             if not equals:
                 parser.error(f"{flag} has no value: write {flag}=VALUE")
             arguments.overrides.append((flag.removeprefix("--config."), text))

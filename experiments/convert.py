@@ -1,7 +1,8 @@
 """Turn a published DeepSeek-V2 folder into a checkpoint of ours (import), or a checkpoint into such a folder (export).
 
 Either way one tensor at a time is in memory, whatever the model's size. A run that was stopped goes on where it was
-when it is started again; until it is whole, nothing loads what it has written.
+when it is started again; until it is whole, nothing loads what it has written. An import first compares every file with
+the SHA-256 that its download recorded, where it did.
 """
 
 import pathlib

@@ -1,7 +1,8 @@
 """Continue one or several prompts with a trained or released model, printing the text as it comes.
 
 Each prompt begins with BOS; with --chat it is a user's message and its continuation the answer. A continuation ends
-before a stop string, at the model's end token, or by --max_new_tokens.
+before a stop string, at the model's end token, or by --max_new_tokens. --config.mesh=tensor=8 spreads the model over
+devices (axes data, fsdp, expert, tensor).
 """
 
 import functools
@@ -33,18 +34,18 @@ def arguments():
     parser.add_argument("--chat", action="store_true", help="each prompt is a question to a chat model, apart")
     add("--system", metavar="TEXT", help="with --chat: what every conversation begins with; default: nothing")
     parser.add_argument("--json", action="store_true", help="a line {prompt, text, ended} per prompt, not streamed")
-    return common.parse_arguments(parser)
+    return common.parse_arguments(parser, fields=("mesh",))
 
 
-def load(path: str, dtype: str | None, tokenizer: str | None):
-    """The model, ready to decode, and the tokenizer of what --checkpoint names."""
+def load(path: str, dtype: str | None, tokenizer: str | None, mesh):
+    """The model, ready to decode on `mesh` (None: one device), and the tokenizer of what --checkpoint names."""
     from dsv2_jax.checkpoint import CheckpointError
     from dsv2_jax.data.tokenizer import Tokenizer
     from dsv2_jax.hf.pretrained import from_pretrained
     from dsv2_jax.hf.safetensors import FolderError
 
     try:
-        model, found = from_pretrained(path, dtype=dtype)
+        model, found = from_pretrained(path, mesh=mesh, dtype=dtype)
     except (CheckpointError, ConfigError, FolderError) as error:
         raise ConfigError(f"--checkpoint: {error}; {TRAIN}") from None
     if tokenizer is None and found is None:
@@ -52,14 +53,34 @@ def load(path: str, dtype: str | None, tokenizer: str | None):
     return model, Tokenizer.load(tokenizer) if tokenizer else found
 
 
+def make_mesh(overrides):
+    """The mesh of the last --config.mesh, None without one."""
+    from dsv2_jax import sharding
+
+    mesh = sharding.make_mesh(overrides[-1][1]) if overrides else None
+    if mesh is not None:
+        sharding.check_decoding(mesh)
+    return mesh
+
+
 def main() -> int:
     flags = arguments()
+    from dsv2_jax import sharding
     from dsv2_jax.inference.sampling import Sampling
-    from dsv2_jax.inference.stream import stream
 
     check(flags.chat or flags.system is None, "--system", flags.system, "stand beside --chat")
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
-    model, tokenizer = load(flags.checkpoint, flags.dtype, flags.tokenizer)
+    mesh = make_mesh(flags.overrides)
+    model, tokenizer = load(flags.checkpoint, flags.dtype, flags.tokenizer, mesh)
+    with sharding.use(mesh):
+        write(model, tokenizer, sampling, flags)
+    return 0
+
+
+def write(model, tokenizer, sampling, flags) -> None:
+    """Print the continuation of every prompt."""
+    from dsv2_jax.inference.stream import stream
+
     for number, prompt in enumerate(flags.prompt, 1):
         text = sys.stdin.read() if prompt == "-" else prompt
         limits = {"max_new_tokens": flags.max_new_tokens, "stop": flags.stop}
@@ -74,7 +95,6 @@ def main() -> int:
         for piece in pieces:
             print(piece, end="", flush=True)
         print(flush=True)
-    return 0
 
 
 def conversation(question: str, system: str | None) -> list[dict[str, str]]:

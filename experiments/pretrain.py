@@ -12,12 +12,18 @@ def main() -> None:
     parser = common.argument_parser(f"{__doc__}\n{common.OVERRIDES}", f"{example} --config.train.steps=100")
     parser.add_argument("--config", required=True, metavar="FILE", help="the experiment, a .py or .json file")
     parser.add_argument("--workdir", required=True, metavar="FOLDER", help="the run folder: made, or resumed")
+    common.add_process_flags(parser)
     arguments = common.parse_arguments(parser)
-    common.train(common.load_config(arguments.config, arguments.overrides), arguments.workdir)
+    config = common.load_config(arguments.config, arguments.overrides)
+    common.start_processes(arguments)
+    common.train(config, arguments.workdir)
+
+    import jax
 
     from dsv2_jax.train.report import write_report
 
-    print(f"report: {write_report(arguments.workdir)}")
+    if jax.process_index() == 0:
+        print(f"report: {write_report(arguments.workdir)}")
 
 
 if __name__ == "__main__":

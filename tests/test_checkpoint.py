@@ -87,14 +87,15 @@ def test_model_and_config_alone(tmp_path):
         checkpoint.load_config(tmp_path, 3)
 
 
+def opened(step, item, name):
+    base = {"driver": "ocdbt", "base": f"file://{step}/{item}"}
+    spec = {"driver": "zarr", "kvstore": base | {"path": f"{name}/"}}
+    return tensorstore.open(spec, open=True).result()
+
+
 def test_arrays_have_plain_names_and_chunks_of_a_layer_and_an_expert(tmp_path):
     write(tmp_path, 1).close()
-
-    def stored(item, name):
-        base = {"driver": "ocdbt", "base": f"file://{tmp_path}/1/{item}"}
-        spec = {"driver": "zarr", "kvstore": base | {"path": f"{name}/"}}
-        return tensorstore.open(spec, open=True).result()
-
+    stored = functools.partial(opened, tmp_path / "1")
     up = stored("params", "moe_blocks.up")
     assert up.shape == (3, 6, 5, 4)
     chunks = {
@@ -108,6 +109,23 @@ def test_arrays_have_plain_names_and_chunks_of_a_layer_and_an_expert(tmp_path):
     assert {name: stored("params", name).chunk_layout.read_chunk.shape for name in chunks} == chunks
     assert stored("training", "moments.0.mu.moe_blocks.up").chunk_layout.read_chunk.shape == (1, 1, 5, 4)
     np.testing.assert_array_equal(up[2, 3].read().result(), trees(1)[0].moe_blocks.up[2, 3])
+
+
+def test_large_arrays_are_divided_and_come_back_bit_for_bit(tmp_path, monkeypatch):
+    """Of layers and experts one, then the longest axes; steps stored in either way lie side by side."""
+    manager = write(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "CHUNK", 60)
+    model, training = trees(2)
+    manager.save(2, params=model, training=training, iterator={}, config={})
+    manager.wait()
+    for item, prefix in ("params", ""), ("training", "moments.0.mu."):
+        stored = functools.partial(opened, tmp_path / "2", item)
+        chunks = {"embed": (1, 5), "moe_blocks.up": (1, 1, 1, 4), "moe_blocks.w": (1, 4, 1), "moe_blocks.scale": (1, 5)}
+        assert {name: stored(prefix + name).chunk_layout.read_chunk.shape for name in chunks} == chunks
+    restored = manager.restore_latest(*abstract())
+    assert_same((restored.params, restored.training), (model, training))
+    assert_same(checkpoint.restore_params(tmp_path, abstract()[0], 1), trees(1)[0])
+    manager.close()
 
 
 def test_a_sharded_state_is_restored_as_asked(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import small
 
-from dsv2_jax import config, config_io
+from dsv2_jax import config, config_io, sharding
 from dsv2_jax.config import ConfigError, ExperimentConfig
 from dsv2_jax.data.sources import DataError
 from dsv2_jax.inference import generate
@@ -66,6 +66,9 @@ MODEL = {
     "model.compute.token_dispatch": "reference",
     "model.compute.flash_attention": "reference",
     "model.compute.latent_attention": "reference",
+    "model.compute.expert_transport": "ragged",
+    "model.compute.expert_slack": "0.3",
+    "model.compute.expert_chunk": "8",
 }
 GQA = {  # with the baseline's attention
     "model.attention.heads": "8",
@@ -112,6 +115,7 @@ DATA = {
     "data.sources.0.text_field": "other",
 }
 LOOP = {
+    "mesh",
     "train.seed",
     "train.log_every",
     "train.max_bad_steps",
@@ -195,7 +199,19 @@ def refused_length(model_config: config.ModelConfig) -> str:
     return str(caught.value)
 
 
-OBSERVATIONS = (initialisation, training_loss, refused_length, decoding)  # cheapest first
+@functools.cache
+def on_a_mesh(model_config: config.ModelConfig) -> str:
+    """The loss lowered for two devices, or why it is refused."""
+    mesh = sharding.make_mesh("expert=2", jax.devices()[:2])
+    model = sharding.with_shardings(abstract_model(model_config), mesh)
+    try:
+        with sharding.use(mesh):
+            return jax.jit(lm_loss).lower(model, abstract_batch(2)).as_text()
+    except ConfigError as error:
+        return str(error)
+
+
+OBSERVATIONS = (initialisation, training_loss, refused_length, decoding, on_a_mesh)  # cheapest first
 
 
 def some_differ(a: config.ModelConfig, b: config.ModelConfig) -> bool:
@@ -338,6 +354,12 @@ def test_a_run_reads_every_field_of_the_loop(corpus, tmp_path, monkeypatch):
     seen = record_reads(monkeypatch)
     loop.train(experiment, tmp_path, matmul_rate=1e9)
     sections = {"checkpoint": config.CheckpointConfig, "evaluation": config.EvaluationConfig}
-    sections |= {"profile": config.ProfileConfig, "train": config.TrainConfig, "data": config.DataConfig}
-    unread = {path for path in LOOP if (sections[path.split(".")[-2]], path.split(".")[-1]) not in seen}
+    sections |= {
+        "experiment": ExperimentConfig,
+        "profile": config.ProfileConfig,
+        "train": config.TrainConfig,
+        "data": config.DataConfig,
+    }
+    named = {path: f"experiment.{path}".split(".")[-2:] for path in LOOP}
+    unread = {path for path, (section, name) in named.items() if (sections[section], name) not in seen}
     assert not unread

@@ -369,4 +369,5 @@ def test_paths_lists_every_field_once_and_reaches_inside_options_and_tuples():
         "model",
         "train",
         "data",
+        "mesh",
     }

@@ -26,7 +26,7 @@ from dsv2_jax import checkpoint, config_io
 from dsv2_jax.checkpoint import CheckpointError
 from dsv2_jax.config import DTYPES, ModelConfig, check
 from dsv2_jax.data.tokenizer import Tokenizer
-from dsv2_jax.hf import mapping
+from dsv2_jax.hf import digests, mapping
 from dsv2_jax.hf.arrays import Arrays, Names, word_sum
 from dsv2_jax.hf.config import is_tied, model_config, published_config, read_json
 from dsv2_jax.hf.journal import Journal
@@ -42,7 +42,7 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PIECE = 64 * 2**20  # bytes of a tensor that are read, converted and stored at once
 SHARD_BYTES = 5 * 10**9
 
-Progress = Callable[[int, int], None]  # bytes converted since the last call, bytes in all
+Progress = Callable[[int, int], None]  # bytes verified or converted since the last call, bytes in all
 
 
 def _silent(done: int, total: int) -> None:
@@ -59,6 +59,9 @@ def import_folder(
     progress: Progress = _silent,
 ) -> list[str]:
     """The model of the published folder `src` as a checkpoint in the folder `dst`.
+
+    First every file whose SHA-256 the download recorded (see `digests`) is read and compared, once however often the
+    import is stopped; `progress` counts its bytes too.
 
     Args:
       dtype: in which all arrays are stored; None: as published where that is bfloat16, otherwise float32.
@@ -82,12 +85,15 @@ def import_folder(
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise FolderError(f"{src}: does not hold the model of its config.json: {'; '.join(problems[:5])}{more}")
     work, final = dst / "checkpoints" / "0.importing", dst / "checkpoints" / "0"
-    with writing(dst), _open_journal(dst, _digest(_fingerprint(folder), published, dtype, PIECE)) as journal:
+    recorded = digests.recorded(folder.files())
+    identity = _digest(_fingerprint(folder), sorted(recorded.values()), published, dtype, PIECE)
+    with writing(dst), _open_journal(dst, identity) as journal:
         if not journal.found:
             shutil.rmtree(work, ignore_errors=True)
         if not final.exists():
             work.mkdir(parents=True, exist_ok=True)
-            sums = _write_arrays(entries, folder, _kinds(entries, folder, dtype), work / "params", journal, progress)
+            kinds = _kinds(entries, folder, dtype)
+            sums = _write_arrays(entries, folder, kinds, work / "params", recorded, journal, progress)
             checkpoint.write_documents(work, {"model": config_io.to_dict(config), "published": published}, sums)
             for name in SMALL_FILES:
                 if (src / name).exists():
@@ -193,28 +199,46 @@ def _kinds(entries: list[Entry], folder: Folder, dtype: str | None) -> dict[Name
     return {target: bfloat16 if kinds == {bfloat16} else np.dtype(np.float32) for target, kinds in found.items()}
 
 
+def _verify(recorded: dict[pathlib.Path, str], journal: Journal, advance: Callable[[int], None]) -> None:
+    """The SHA-256 of every file, but for those in the journal."""
+    done = {line["verified"] for line in journal.entries if "verified" in line}
+    left = {file: digest for file, digest in recorded.items() if file.name not in done}
+    advance(sum(file.stat().st_size for file in recorded.keys() - left.keys()))
+    digests.verify(left, advance=advance, passed=lambda file: journal.add({"verified": file.name}))
+
+
 def _write_arrays(
     entries: list[Entry],
     folder: Folder,
     kinds: dict[Names, np.dtype],
     params: pathlib.Path,
+    recorded: dict[pathlib.Path, str],
     journal: Journal,
     progress: Progress,
 ) -> dict[str, int]:
-    """Every tensor to its place in the arrays below `params`, but for those in the journal; returns the checksums."""
-    sizes = [math.prod(entry.shape) * kinds[entry.target].itemsize for entry in entries]
-    sums = collections.Counter()
-    for line in journal.entries:
+    """Every tensor of the verified files to its place in the arrays below `params`, but for those in the journal.
+
+    Returns the checksums.
+    """
+    sizes, sums = [math.prod(entry.shape) * kinds[entry.target].itemsize for entry in entries], collections.Counter()
+    written = [line for line in journal.entries if "entry" in line]
+    for line in written:
         sums["/".join(entries[line["entry"]].target)] += line["sum"]
-    done = {line["entry"] for line in journal.entries}
+    done = {line["entry"] for line in written}
     left = sum(size for number, size in enumerate(sizes) if number not in done)
     _check_space(params.parent, left)
-    progress(sum(sizes) - left, sum(sizes))
+    total = sum(sizes) + sum(file.stat().st_size for file in recorded)
+
+    def advance(size: int) -> None:
+        progress(size, total)
+
+    advance(sum(sizes) - left)
+    _verify(recorded, journal, advance)
     arrays = _create_arrays(entries, kinds, params)
 
     def finished(number: int, word_sum_: int) -> None:
         journal.add({"entry": number, "sum": word_sum_})
-        progress(sizes[number], sum(sizes))
+        advance(sizes[number])
 
     for number, entry in enumerate(entries):
         if number in done:

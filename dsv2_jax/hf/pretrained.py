@@ -9,14 +9,13 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from dsv2_jax import checkpoint, config_io
+from dsv2_jax import checkpoint, config_io, sharding
 from dsv2_jax.config import DTYPES, ConfigError, ModelConfig, check
 from dsv2_jax.data.tokenizer import Tokenizer
-from dsv2_jax.hf import mapping
+from dsv2_jax.hf import digests, mapping
 from dsv2_jax.hf.config import is_tied, model_config, read_json
 from dsv2_jax.hf.safetensors import INDEX, SINGLE, Folder, FolderError
 from dsv2_jax.model.transformer import Transformer
@@ -27,7 +26,7 @@ TOKENIZER = "tokenizer.json"
 
 
 def from_pretrained(
-    path_or_hub_id: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str | None = None
+    path_or_hub_id: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str | None = None, verify: bool = False
 ) -> tuple[Transformer, Tokenizer | None]:
     """The model of a folder as released, of an id on the Hugging Face Hub, or of a run's folder, and its tokenizer.
 
@@ -40,10 +39,13 @@ def from_pretrained(
     time on its way from the folder. Without a tokenizer.json the tokenizer is None.
 
     Args:
-      mesh: devices over which the parameters are split by their logical axes; each receives only its slice. None: one.
+      mesh: of `sharding.make_mesh("fsdp=4,expert=2")`: devices over which the parameters are split by their logical
+        axes; each receives only its slice. Use the model inside `with jax.set_mesh(mesh):`. None: one device.
       dtype: "bfloat16" or "float32", of the weights and the computation. None: as config.json states it, which is how
         the weights are stored and were trained (bfloat16, as released; float32 for float16, whose fractions bfloat16
         cannot hold); for a run, as in training.
+      verify: first compare every file of a released folder with the SHA-256 that its download recorded, where it did
+        (see `hf.digests`): every byte is read once more. Checkpoints are always compared with their own sums.
 
     Raises `ConfigError` where there is no such model or it is one we do not implement, `FolderError` and
     `CheckpointError` where its files are damaged or do not fit.
@@ -51,6 +53,8 @@ def from_pretrained(
     check(dtype is None or dtype in DTYPES, "dtype", dtype, f"be one of {', '.join(DTYPES)}, or None")
     folder = local_folder(path_or_hub_id)
     if folder is not None and ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
+        if verify:
+            digests.verify(digests.recorded(Folder(folder).files()))
         return _load_published(folder, mesh, dtype), _load_tokenizer(folder / TOKENIZER)
     if folder is not None and (folder / "config.json").is_file() and not _has_checkpoint(folder):
         raise FolderError(f"{folder}: has a config.json, but neither {SINGLE} nor {INDEX}; download the folder whole")
@@ -104,7 +108,7 @@ def _load_published(path: pathlib.Path, mesh: Mesh | None, dtype: str | None) ->
     for entry in mapping.table(config, tied):
         names, _ = _unstacked_place(entry.target, entry.index)
         places.setdefault(names, []).append(entry)
-    abstract = _with_shardings(_abstract(config, dtype), mesh)
+    abstract = sharding.with_shardings(_abstract(config, dtype), mesh)
     # One at a time: copies to devices are asynchronous, and keep their source.
     arrays = {names: jax.block_until_ready(_array(leaf, folder, places[names])) for names, leaf in _leaves(abstract)}
     return _filled(abstract, arrays)
@@ -155,7 +159,7 @@ def _load_checkpoint(path, mesh: Mesh | None, dtype: str | None) -> Transformer:
     config = config_io.parse(ModelConfig, checkpoint.load_config(path).get("model"), "model")
     abstract = _abstract(config, dtype)
     dtypes = {names: leaf.dtype for names, leaf in _leaves(abstract)}
-    stacked = _with_shardings(jax.eval_shape(functools.partial(Transformer, config), jax.random.key(0)), mesh)
+    stacked = sharding.with_shardings(jax.eval_shape(functools.partial(Transformer, config), jax.random.key(0)), mesh)
     layers = range(config.moe_layers)
 
     def places(names: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -201,26 +205,3 @@ def _filled(like, arrays: dict[tuple[str, ...], object]):
         lambda path, _: arrays[tuple(key.key for key in path)], checkpoint.to_dict(like)
     )
     return checkpoint.from_dict(like, named)
-
-
-# Of a parameter's logical axes, those that are split, and the mesh axis each is split over.
-SPLIT = {"expert": "expert", "embed": "fsdp", **dict.fromkeys(("heads", "mlp", "expert_mlp", "vocab"), "tensor")}
-
-
-def _with_shardings(abstract: Transformer, mesh: Mesh | None) -> Transformer:
-    """An abstract model whose arrays say where on the mesh they lie."""
-    if mesh is None:
-        return abstract
-
-    def place(leaf):
-        array, axes = jax.tree.leaves(leaf)[0], leaf.get_metadata("axes")
-        stacked = (None,) * (array.ndim - len(axes))
-        names = [SPLIT.get(axis) if len(axes) > 1 else None for axis in axes]
-        spec = [
-            name if name in mesh.shape and size % mesh.shape[name] == 0 else None
-            for name, size in zip(names, array.shape[len(stacked) :], strict=True)
-        ]
-        sharding = NamedSharding(mesh, PartitionSpec(*stacked, *spec))
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), leaf)
-
-    return jax.tree.map(place, abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))

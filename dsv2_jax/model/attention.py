@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsv2_jax import sharding
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.model import cache as caching
-from dsv2_jax.model import rope
-from dsv2_jax.model.layers import RMSNorm, parameter, project
+from dsv2_jax.model import parallel, rope
+from dsv2_jax.model.layers import RMSNorm, parameter, project, project_local
 from kernels_pallas.flash_attention import flash_attention
 from kernels_pallas.latent_attention import latent_attention
 
@@ -52,19 +53,31 @@ class MLA(nnx.Module):
         k_R_BTP = rope.rotate(k_R_BTP[:, :, None], cos_sin)[:, :, 0]  # one rotary key, shared by all heads
         return jnp.concatenate([self.kv_norm(c_BTR), k_R_BTP], axis=-1)
 
-    def expanded(self, q_C_BTNH, q_R_BTNP, latents_BSC, **place) -> jax.Array:
-        """Equations 2, 4, 5, 9 and 10: keys and values of every head are formed from the latents."""
+    def keys_values(self, latents_BSC, project_ukv) -> tuple[jax.Array, jax.Array]:
+        """Equations 2, 4 and 5: keys and values of every head from the latents; project_ukv multiplies by w_ukv."""
         c_BSR, k_R_BSP = jnp.split(latents_BSC, [self.config.kv_latent], axis=-1)
-        k_C_BSNH, v_BSNV = jnp.split(project("bsr,rnh->bsnh", c_BSR, self.w_ukv), [self.config.nope_dim], axis=-1)
+        k_C_BSNH, v_BSNV = jnp.split(project_ukv("bsr,rnh->bsnh", c_BSR), [self.config.nope_dim], axis=-1)
         k_R_BSNP = jnp.broadcast_to(k_R_BSP[:, :, None], (*k_C_BSNH.shape[:3], self.config.rope_dim))
-        return flash_attention(
-            jnp.concatenate([q_C_BTNH, q_R_BTNP], axis=-1),
-            jnp.concatenate([k_C_BSNH, k_R_BSNP], axis=-1),
-            v_BSNV,
-            scale=rope.softmax_scale(self.config.qk_dim, self.config.yarn),
-            implementation=self.compute.flash_attention,
-            **place,
-        )
+        return jnp.concatenate([k_C_BSNH, k_R_BSNP], axis=-1), v_BSNV
+
+    def expanded(self, q_C_BTNH, q_R_BTNP, latents_BSC, segments_BT=None, offset_B=None) -> jax.Array:
+        """Equations 9 and 10 over expanded keys and values; offset_B as for `flash_attention`."""
+        q_BTNH = jnp.concatenate([q_C_BTNH, q_R_BTNP], axis=-1)
+        scale = rope.softmax_scale(self.config.qk_dim, self.config.yarn)
+        if offset_B is None and sharding.axis_size("context") > 1:
+
+            def expand(latents_BSC, w, spec):
+                return self.keys_values(latents_BSC, lambda equation, c: project_local(equation, spec, c, w))
+
+            names = ("batch", "sequence", None)
+            return parallel.context_attention(
+                q_BTNH, latents_BSC, names, expand, segments_BT, scale=scale, w=self.w_ukv
+            )
+        k_BSNH, v_BSNV = self.keys_values(latents_BSC, lambda equation, c: project(equation, c, self.w_ukv))
+        how = {"scale": scale, "implementation": self.compute.flash_attention}
+        if offset_B is None:
+            return parallel.attention(q_BTNH, k_BSNH, v_BSNV, segments_BT, **how)
+        return flash_attention(q_BTNH, k_BSNH, v_BSNV, offset_B=offset_B, **how)
 
     def absorbed(self, q_C_BTNH, q_R_BTNP, latents_BSC, offset_B) -> jax.Array:
         """The same, with W_UK folded into the query and W_UV into the output: no key or value of a head is formed."""
@@ -93,7 +106,7 @@ class MLA(nnx.Module):
 
     def __call__(self, h_BTD: jax.Array, cos_sin: CosSin, segments_BT: jax.Array | None) -> jax.Array:
         q_C_BTNH, q_R_BTNP = self.queries(h_BTD, cos_sin)
-        return self.output(self.expanded(q_C_BTNH, q_R_BTNP, self.latents(h_BTD, cos_sin), segments_BT=segments_BT))
+        return self.output(self.expanded(q_C_BTNH, q_R_BTNP, self.latents(h_BTD, cos_sin), segments_BT))
 
     def decode(self, h_BTD, cos_sin: CosSin, cache_BSC, offset_B) -> tuple[jax.Array, jax.Array]:
         """Attends from a chunk of new tokens to the cache, they themselves included; returns u_BTD and the cache."""

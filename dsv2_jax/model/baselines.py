@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsv2_jax import sharding
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.model import cache as caching
-from dsv2_jax.model import rope
+from dsv2_jax.model import parallel, rope
 from dsv2_jax.model.layers import parameter, project
 from kernels_pallas.flash_attention import flash_attention
 
@@ -31,19 +32,23 @@ class GQA(nnx.Module):
         kv_BTCKH = project("btd,dckh->btckh", h_BTD, self.w_kv)
         return jnp.stack([rope.rotate(kv_BTCKH[:, :, 0], cos_sin), kv_BTCKH[:, :, 1]], axis=2)
 
-    def attend(self, q_BTNH, kv_BSCKH, **place) -> jax.Array:
-        o_BTNH = flash_attention(
-            q_BTNH,
-            kv_BSCKH[:, :, 0],
-            kv_BSCKH[:, :, 1],
-            scale=rope.softmax_scale(self.config.head_dim, self.config.yarn),
-            implementation=self.compute.flash_attention,
-            **place,
-        )
+    def attend(self, q_BTNH, kv_BSCKH, segments_BT=None, offset_B=None) -> jax.Array:
+        scale = rope.softmax_scale(self.config.head_dim, self.config.yarn)
+        how = {"scale": scale, "implementation": self.compute.flash_attention}
+        k_BSKH, v_BSKH = kv_BSCKH[:, :, 0], kv_BSCKH[:, :, 1]
+        if offset_B is not None:
+            o_BTNH = flash_attention(q_BTNH, k_BSKH, v_BSKH, offset_B=offset_B, **how)
+        elif sharding.axis_size("context") > 1:
+            names = ("batch", "sequence", None, "kv_heads", None)
+            o_BTNH = parallel.context_attention(
+                q_BTNH, kv_BSCKH, names, lambda kv, _: (kv[:, :, 0], kv[:, :, 1]), segments_BT, scale=scale
+            )
+        else:
+            o_BTNH = parallel.attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, **how)
         return project("btnh,nhd->btd", o_BTNH, self.w_o)
 
     def __call__(self, h_BTD: jax.Array, cos_sin, segments_BT: jax.Array | None) -> jax.Array:
-        return self.attend(self.queries(h_BTD, cos_sin), self.keys_values(h_BTD, cos_sin), segments_BT=segments_BT)
+        return self.attend(self.queries(h_BTD, cos_sin), self.keys_values(h_BTD, cos_sin), segments_BT)
 
     def decode(self, h_BTD, cos_sin, cache_BSC, offset_B) -> tuple[jax.Array, jax.Array]:
         """Attends from a chunk of new tokens to the cache, they themselves included; returns u_BTD and the cache."""

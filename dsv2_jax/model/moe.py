@@ -1,11 +1,15 @@
 """DeepSeekMoE: shared experts for every token, routed experts for the chosen (report, section 2.2.1)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsv2_jax import sharding
 from dsv2_jax.config import ModelConfig
 from dsv2_jax.model import router
+from dsv2_jax.model.expert_parallel import moe_ffn
 from dsv2_jax.model.layers import SwiGLU, parameter
 from dsv2_jax.types import MoEStats
 from kernels_pallas.expert_ffn import expert_ffn
@@ -33,11 +37,19 @@ class MoE(nnx.Module):
             y32_BTD, exact = y_BTD.astype(jnp.float32), jax.lax.Precision.HIGHEST
             logits_BTE = jnp.einsum("btd,de->bte", y32_BTD, self.centroids[...], precision=exact)
             routing = router.route(logits_BTE, real_BT, self.config, training=training, protected_B=protected_B)
+        shared = self.shared if self.config.shared_experts else None
+        if sharding.ambient() is not None:
+            weights = self.gate, self.up, self.down
+            if shared is not None:
+                weights += shared.gate, shared.up, shared.down
+            choices = routing.expert_BTK, routing.gate_BTK
+            out_BTD, crossed = moe_ffn(y_BTD, *choices, weights, self.config, self.compute)
+            return out_BTD, dataclasses.replace(routing.stats, crossed=crossed)
         with jax.named_scope("routed"):
             out_BTD = self.routed(y_BTD, routing)
-        if self.config.shared_experts:
+        if shared is not None:
             with jax.named_scope("shared"):
-                out_BTD += self.shared(y_BTD)
+                out_BTD += shared(y_BTD)
         return out_BTD, routing.stats
 
     def routed(self, y_BTD: jax.Array, routing: router.Routing) -> jax.Array:

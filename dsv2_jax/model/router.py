@@ -3,10 +3,13 @@
 All in float32: the choice must not depend on the compute dtype.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from dsv2_jax.config import DroppingConfig, MoEConfig
+from dsv2_jax.model.parallel import per_token
 from dsv2_jax.types import MoEStats, pytree
 
 
@@ -97,7 +100,7 @@ def route(
     """Routes every token that is `real` (not padding); tokens are dropped in training only."""
     E = config.routed_experts
     scores_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
-    chosen_BTK, expert_BTK = choose(scores_BTE, config)
+    chosen_BTK, expert_BTK = per_token(functools.partial(choose, config=config), scores_BTE)
     computed_BTK = jnp.broadcast_to(real_BT[..., None], expert_BTK.shape)
     if training and config.dropping is not None:
         computed_BTK &= ~dropped(jax.lax.stop_gradient(chosen_BTK), expert_BTK, real_BT, protected_B, config)
@@ -108,6 +111,7 @@ def route(
         assignments=assignments,
         dropped=assignments - jnp.sum(load_E),
         sends=jnp.sum(groups_reached(expert_BTK, real_BT, config), dtype=jnp.float32),
+        crossed=jnp.float32(0),
         balance_3=jnp.sum(balance_losses(scores_BTE, expert_BTK, real_BT, config), axis=0),
         sequences=jnp.sum(jnp.any(real_BT, axis=1), dtype=jnp.float32),
     )

@@ -5,10 +5,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from dsv2_jax import sharding
 from dsv2_jax.config import MLAConfig, ModelConfig
-from dsv2_jax.model import rope
+from dsv2_jax.model import parallel, rope
 from dsv2_jax.model.attention import MLA
 from dsv2_jax.model.baselines import GQA
 from dsv2_jax.model.cache import Cache, make_cache
@@ -32,11 +34,12 @@ class Block(nnx.Module):
         with jax.named_scope("moe" if self.is_moe else "dense"):
             y_BTD = self.ffn_norm(x_BTD)
             out_BTD, stats = self.ffn(y_BTD, real_BT, **routing) if self.is_moe else (self.ffn(y_BTD), None)
-        return x_BTD + out_BTD, stats
+        return sharding.constrain(x_BTD + out_BTD, "batch", "sequence", "embed"), stats
 
     def __call__(self, x_BTD, cos_sin, segments_BT, real_BT, **routing) -> tuple[jax.Array, MoEStats | None]:
         with jax.named_scope("attention"):
             x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_sin, segments_BT)
+            x_BTD = sharding.constrain(x_BTD, "batch", "sequence", "embed")
         return self.feed_forward(x_BTD, real_BT, **routing)
 
     def decode(self, x_BTD, cos_sin, cache_BSC, offset_B, real_BT) -> tuple[jax.Array, jax.Array]:
@@ -78,7 +81,7 @@ class Transformer(nnx.Module):
         attention = self.config.attention
         rotary = attention.rope_dim if isinstance(attention, MLAConfig) else attention.head_dim
         cos_sin = rope.rotations(positions_BT, rotary, attention.rope_theta, attention.yarn)
-        return self.embed[tokens_BT].astype(self.config.compute.dtype), cos_sin
+        return parallel.embed(tokens_BT, self.embed, self.config.compute.dtype), cos_sin
 
     def features(
         self,
@@ -91,13 +94,17 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, MoEStats | None]:
         """The final norm's output [B, T, D], and the MoE statistics of every MoE layer (leading axis) if there is one.
 
+        On a mesh with `context` > 1 the columns of every argument and of the result are in the order of
+        `parallel.zigzag`.
+
         Args:
           segments_BT: documents of a packed row 1, 2, ...; 0 is padding, which is never routed. None: one document.
           positions_BT: position of each token in its document. None: 0, 1, 2, ...
           training: tokens may be dropped, but none of the sequences in protected_B (boolean).
         """
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+            place_T = parallel.zigzag(tokens_BT.shape[1], sharding.axis_size("context"))
+            positions_BT = jnp.broadcast_to(place_T.astype(np.int32), tokens_BT.shape)
         real_BT = jnp.ones(tokens_BT.shape, bool) if segments_BT is None else segments_BT > 0
         x_BTD, cos_sin = self._enter(tokens_BT, positions_BT)
 
@@ -122,7 +129,8 @@ class Transformer(nnx.Module):
 
     def logits(self, h_D: jax.Array) -> jax.Array:
         """Scores over the vocabulary, float32 [..., V], of features [..., D]."""
-        return jnp.matmul(h_D, self.unembed[...].astype(h_D.dtype), preferred_element_type=jnp.float32)
+        w_DV = sharding.gathered(self.unembed[...], self.unembed.get_metadata("axes"), h_D.dtype)
+        return jnp.matmul(h_D, w_DV, preferred_element_type=jnp.float32)
 
     def __call__(self, tokens_BT, segments_BT=None, positions_BT=None) -> jax.Array:
         """Next-token logits, float32 [B, T, V]."""

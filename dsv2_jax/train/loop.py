@@ -13,22 +13,23 @@ from typing import Protocol
 import jax
 import tqdm
 
-from dsv2_jax import config_io
+from dsv2_jax import config_io, sharding
 from dsv2_jax.checkpoint import Checkpoints
 from dsv2_jax.config import ConfigError, ExperimentConfig
-from dsv2_jax.data.pipeline import TrainIterator, held_out_batches
+from dsv2_jax.data.pipeline import TrainIterator, held_out_batches, merge_states
 from dsv2_jax.data.prepare import prepare
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.model.counting import training_flops_per_token
 from dsv2_jax.train.metrics import BALANCE, MetricsLog, Progress, measure_matmul_rate, read_rows
 from dsv2_jax.train.optimizer import batch_schedule
+from dsv2_jax.train.placing import Agreement, Placing, ending_with_the_others, first_process_first, gather_json
 from dsv2_jax.train.state import State, abstract_state, new_state, training_part
 from dsv2_jax.train.step import evaluate_batch, make_train_step
 from dsv2_jax.types import Batch
 
 # What a resumed run may change, as dotted paths of ExperimentConfig: anything else would make it another run.
 CHANGEABLE = ("train.steps", "train.log_every", "train.max_bad_steps", "train.checkpoint", "train.evaluation")
-CHANGEABLE += ("train.profile", "data.workers")
+CHANGEABLE += ("train.profile", "data.workers", "mesh")
 
 
 class TrainingFailed(RuntimeError):
@@ -48,10 +49,11 @@ class Rows(Protocol):
 class Data:
     """Where the batches of a run come from."""
 
-    rows: Rows
+    rows: Rows  # of this reader: see placing.py
     held_out: Callable[[int], Iterator[Batch]]  # batch size -> one pass over the held-out rows
     unigram_bits_per_byte: float | None = None  # what a unigram model of the training tokens gives on the held-out text
     facts: dict = dataclasses.field(default_factory=dict)  # worth a row in the log: what each filter removed, ...
+    merge: Callable[[list[dict]], dict] = merge_states  # the places of all processes' rows as one
 
 
 def train(
@@ -65,30 +67,33 @@ def train(
 
     The folder then holds config.json, checkpoints/, metrics.jsonl and tensorboard/ (and data/, unless `data` is given).
     `matmul_rate`: FLOP/s that count as full utilisation; None measures it. SIGTERM or Ctrl-C saves and returns early.
-    Raises `ConfigError` when the folder belongs to another run, `CheckpointError` when all its checkpoints are damaged,
-    `TrainingFailed` after `max_bad_steps` non-finite steps in a row.
+    Several processes call it alike, with one folder that all see; a signal to any of them stops all.
+    Raises `ConfigError` when the folder belongs to another run or the mesh is impossible, `CheckpointError` when all
+    its checkpoints are damaged, `TrainingFailed` after `max_bad_steps` non-finite steps in a row.
     """
     workdir, settings, model = Path(workdir), config.train, config.model
     is_main = jax.process_index() == 0
     say = tqdm.tqdm.write if is_main else lambda message: None
-    keep_config(config, workdir)
+    mesh = open_mesh(config)
+    placing = Placing(mesh, settings.microbatch_size or settings.batch_size)
+    first_process_first(lambda: keep_config(config, workdir))
 
     with contextlib.ExitStack() as stack:
         # Where the run stands.
-        data = data or open_data(config, workdir)
+        data = data or first_process_first(lambda: open_data(config, workdir, placing))
         stack.callback(data.rows.close)
         keep = settings.checkpoint
         folder = workdir / "checkpoints"
         checkpoints = Checkpoints(folder, keep_last=keep.keep_last, keep_every=keep.keep_every, report=say)
         stack.callback(checkpoints.close)
-        abstract = abstract_state(config)
+        abstract = abstract_state(config, mesh)
         restored = checkpoints.restore_latest(abstract.model, training_part(abstract))
         start = 0 if restored is None else restored.step
         if start >= settings.steps:
             say(f"{workdir}: this run is complete ({start} steps); raise train.steps to go on")
             return summary(workdir)
         if restored is None:
-            state = new_state(config)
+            state = new_state(config, mesh)
         else:
             state = State(model=restored.params, **restored.training)
             data.rows.set_state(restored.iterator)
@@ -99,28 +104,32 @@ def train(
         log = MetricsLog(workdir, step=start, enabled=is_main)
         stack.callback(log.close)
         if matmul_rate is None:
-            matmul_rate = measure_matmul_rate(model.compute.dtype) * jax.device_count()
+            matmul_rate = measure_matmul_rate(model.compute.dtype) * (mesh.size if mesh else 1)
         say(f"matmul rate {matmul_rate / 1e9:.0f} GFLOP/s in {model.compute.dtype}; {balance_text(config)}")
         if start == 0:
             log.write(0, **data.facts, balance_losses=balance_text(config))
         flops_per_token = training_flops_per_token(model, settings.sequence_length)
         progress = Progress(config, log, start=start, full_tokens_per_second=matmul_rate / flops_per_token)
         stack.callback(progress.close)
-        stopped_by = stack.enter_context(_stop_signals())
+        stopped_by, agreement = stack.enter_context(_stop_signals()), Agreement(mesh)
+        stack.enter_context(sharding.use(mesh))
+        stack.enter_context(ending_with_the_others())
 
         # The run. A step is dispatched before the metrics of the one before it are read, so the device never waits.
         batches = batch_schedule(settings)
-        train_step = make_train_step(config)
+        train_step = make_train_step(config, mesh, placing.run_rows)
         pending = None
         for step in range(start, settings.steps):
             if settings.profile and step == settings.profile.start:
                 jax.profiler.start_trace(str(workdir / "profile"))
-            batch = split(data.rows.next(batches.size_at(step)), settings.microbatch_size)
-            state, metrics = train_step(state, batch)
+            rows = data.rows.next(batches.size_at(step))
+            batch = split(rows, settings.microbatch_size and settings.microbatch_size // placing.readers)
+            state, metrics = train_step(state, placing.put(batch, microbatches=True))
+            stopping = agreement.ask(bool(stopped_by))
             bad_steps = progress.read(pending)
             pending, done = metrics, step + 1
 
-            last = done == settings.steps or bool(stopped_by)
+            last = done == settings.steps or stopping
             must_save = last or done % settings.checkpoint.every == 0
             must_evaluate = settings.evaluation and (done == settings.steps or done % settings.evaluation.every == 0)
             if must_save or must_evaluate:
@@ -136,7 +145,8 @@ def train(
                 say(f"profile of {settings.profile.steps} steps in {workdir / 'profile'}")
             if must_evaluate:
                 size = settings.microbatch_size or settings.batch_size
-                row = evaluate(state.model, islice(data.held_out(size), settings.evaluation.batches))
+                held_out = map(placing.put, islice(data.held_out(size), settings.evaluation.batches))
+                row = evaluate(state.model, held_out)
                 load = {} if progress.load_LE is None else {"expert_load": progress.load_LE.tolist()}
                 log.write(done, **row, unigram_bits_per_byte=data.unigram_bits_per_byte, **load)
                 say(f"step {done}: held-out bits per byte {row['held_out/bits_per_byte']:.4f}{_beside(data)}")
@@ -144,11 +154,14 @@ def train(
             # the end of the run is saved always, so that the run is complete.
             if must_save and (bad_steps == 0 or done == settings.steps):
                 tree = {"params": state.model, "training": training_part(state)}
-                checkpoints.save(done, **tree, iterator=data.rows.get_state(), config=config_io.to_dict(config))
+                places = gather_json(data.rows.get_state())
+                iterator = data.merge(places) if len(places) > 1 else places[0]
+                checkpoints.save(done, **tree, iterator=iterator, config=config_io.to_dict(config))
             if must_save or must_evaluate:
                 progress.restart_clock()
-            if stopped_by and done < settings.steps:
-                say(f"stopped by {stopped_by[0]} after step {done}. {_kept(checkpoints)} The same command goes on.")
+            if stopping and done < settings.steps:
+                who = stopped_by[0] if stopped_by else "a signal to another process"
+                say(f"stopped by {who} after step {done}. {_kept(checkpoints)} The same command goes on.")
                 break
         checkpoints.wait()
     return summary(workdir)
@@ -162,8 +175,19 @@ def summary(workdir: str | Path) -> dict:
     return result
 
 
-def open_data(config: ExperimentConfig, workdir: Path) -> Data:
-    """The data of `config`, prepared in `workdir`/data the first time."""
+def open_mesh(config: ExperimentConfig) -> jax.sharding.Mesh | None:
+    """The mesh of `config` over all devices of all processes, checked against the run; None: one device."""
+    if config.mesh is None:
+        return None
+    mesh = sharding.make_mesh(config.mesh)
+    size = config.train.microbatch_size or config.train.batch_size
+    sharding.check_mesh(mesh, config.model, batch_size=size, sequence_length=config.train.sequence_length)
+    return mesh
+
+
+def open_data(config: ExperimentConfig, workdir: Path, placing: Placing | None = None) -> Data:
+    """The data of `config`, prepared in `workdir`/data the first time: the rows that `placing` says (None: all)."""
+    share = {} if placing is None else {"process_index": placing.reader, "process_count": placing.readers}
     folder, length = workdir / "data", config.train.sequence_length
     manifest = prepare(config.data, folder, config.model.vocab_size)
     sizes_V = Tokenizer.load(folder / "tokenizer.json").token_bytes()
@@ -172,8 +196,8 @@ def open_data(config: ExperimentConfig, workdir: Path) -> Data:
         facts |= {f"data/{name}/removed/{rule}": count for rule, count in source["removed"].items()}
         facts |= {f"data/{name}/malformed": source["malformed_count"], f"data/{name}/read": source["read"]}
     return Data(
-        rows=TrainIterator(folder, config.data, length, sizes_V),
-        held_out=lambda batch_size: held_out_batches(folder, length, batch_size, sizes_V),
+        rows=TrainIterator(folder, config.data, length, sizes_V, **share),
+        held_out=lambda batch_size: held_out_batches(folder, length, batch_size, sizes_V, **share),
         unigram_bits_per_byte=manifest["unigram_held_out_bits_per_byte"],
         facts=facts,
     )
@@ -210,7 +234,7 @@ def evaluate(model, batches: Iterable[Batch]) -> dict[str, float]:
     """Loss (nats a token) and bits per byte over all of `batches`: sums first, in float64, one division at the end."""
     nll = weight = size = 0.0
     for batch in batches:
-        parts = jax.device_get(evaluate_batch(model, batch))
+        parts = jax.device_get(dataclasses.replace(evaluate_batch(model, batch), moe=None))
         nll, weight, size = nll + float(parts.nll_sum), weight + float(parts.weight), size + float(parts.bytes)
     if not weight:
         raise ConfigError("the held-out set is empty: raise data.held_out_share, or set train.evaluation=None")

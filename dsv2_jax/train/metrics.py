@@ -52,6 +52,7 @@ def _moe_scalars(moe: MoEStats, model: ModelConfig) -> dict[str, float]:
     row = {
         "dropped_share": moe.dropped.sum() / max(moe.assignments.sum(), 1),
         "sends_per_token": moe.sends.sum() / max(tokens, 1),
+        "crossed_per_token": moe.crossed.sum() / max(tokens, 1),
         "load/violation": violation(moe.load_E).mean(),
         "load/entropy": entropy(moe.load_E).mean(),
     }
@@ -165,7 +166,7 @@ class Progress:
         self.row = {"step": step, **scalars(metrics, self._config.model), **self._speed(step)}
         self._bar.update(step - self._bar.n)
         self._bar.set_postfix_str(_bar_text(self.row), refresh=False)
-        if metrics.bad_steps:
+        if metrics.bad_steps and jax.process_index() == 0:
             self._bar.write(f"step {step} skipped: loss {metrics.loss}, gradient norm {metrics.gradient_norm}")
         if step % settings.log_every == 0 or step == settings.steps or metrics.bad_steps:
             self._log.write(**self.row)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -80,7 +81,7 @@ def learning_rate(config: TrainConfig):
     optimizer = config.optimizer
     warmup = batch_schedule(config).sequences_at(optimizer.warmup_steps)
     total = total_sequences(config)
-    decays = jnp.asarray([math.ceil(round(share * total, 3)) for share in optimizer.decay_at], jnp.int32)
+    decays = np.asarray([math.ceil(round(share * total, 3)) for share in optimizer.decay_at], np.int32)
 
     def schedule(before, size):
         rising = jnp.minimum((before + size) / max(warmup, 1), 1.0)

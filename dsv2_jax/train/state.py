@@ -4,9 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from dsv2_jax import types
+from dsv2_jax import sharding, types
 from dsv2_jax.config import ExperimentConfig
 from dsv2_jax.model.transformer import Transformer
 from dsv2_jax.train.optimizer import adamw
@@ -33,15 +34,18 @@ def create_state(config: ExperimentConfig, seed: int | jax.Array) -> State:
     return State(model, moments, *(jnp.int32(0) for _ in range(4)), jax.random.key_data(train_key))
 
 
-def new_state(config: ExperimentConfig) -> State:
-    """The state before the first step, computed under `jit`."""
+def new_state(config: ExperimentConfig, mesh: jax.sharding.Mesh | None = None) -> State:
+    """The state before the first step, computed under `jit`, each device its part; the same on every mesh."""
     less = {"xla_backend_optimization_level": 1}  # it runs once; the default level compiles twice as long
-    return jax.jit(functools.partial(create_state, config), compiler_options=less)(jnp.uint32(config.train.seed))
+    where = None if mesh is None else sharding.tree_shardings(abstract_state(config), mesh)
+    create = jax.jit(functools.partial(create_state, config), out_shardings=where, compiler_options=less)
+    return create(np.uint32(config.train.seed))
 
 
-def abstract_state(config: ExperimentConfig) -> State:
-    """The shapes and types of the state; no memory is used."""
-    return jax.eval_shape(functools.partial(create_state, config), jax.ShapeDtypeStruct((), jnp.uint32))
+def abstract_state(config: ExperimentConfig, mesh: jax.sharding.Mesh | None = None) -> State:
+    """The shapes and types of the state, and where it lies on `mesh`; no memory is used."""
+    abstract = jax.eval_shape(functools.partial(create_state, config), jax.ShapeDtypeStruct((), jnp.uint32))
+    return sharding.with_shardings(abstract, mesh)
 
 
 def training_part(state: State) -> dict:

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsv2_jax import types
+from dsv2_jax import sharding, types
 from dsv2_jax.config import ExperimentConfig
 from dsv2_jax.train.loss import LossParts, lm_loss
 from dsv2_jax.train.optimizer import adamw, learning_rate
-from dsv2_jax.train.state import State
+from dsv2_jax.train.state import State, abstract_state
 from dsv2_jax.types import Batch, MoEStats
 
 
@@ -31,8 +31,12 @@ class StepMetrics:
     moe: MoEStats | None  # sums over the batch, leading layer axis
 
 
-def make_train_step(config: ExperimentConfig):
+def make_train_step(config: ExperimentConfig, mesh: jax.sharding.Mesh | None = None, run_rows=None):
     """The jitted step of `config`; it donates the state. Leaves of `batch` are [microbatches, b, T].
+
+    On a mesh it is to be called (or lowered) inside `sharding.use(mesh)`, with a state and batches that lie where
+    `abstract_state` and `Placing` say. `run_rows`: of `Placing`; rows are protected from dropping by their place in
+    the run, whichever process reads them.
 
     The objective of the whole batch is nll / (sum of weights) + balance / (sequences). Both denominators are known
     before any microbatch is computed, so each contributes its share of that objective and the gradients add up
@@ -50,6 +54,8 @@ def make_train_step(config: ExperimentConfig):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         share = dropping.protected_share if dropping else 0.0
         protected_MB = jax.random.bernoulli(key, share, (microbatches, rows)) if dropping else None
+        if dropping and run_rows is not None:
+            protected_MB = protected_MB[:, run_rows]
 
         def objective(model, micro: Batch, protected_B):
             parts = lm_loss(model, micro, training=True, protected_B=protected_B)
@@ -92,7 +98,17 @@ def make_train_step(config: ExperimentConfig):
         )
         return new, metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    if mesh is None:
+        return jax.jit(train_step, donate_argnums=0)
+    state_sharding = sharding.tree_shardings(abstract_state(config), mesh)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    batch_sharding = jax.sharding.NamedSharding(mesh, sharding.activation_spec(None, "batch", "sequence"))
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(state_sharding, batch_sharding),
+        out_shardings=(state_sharding, whole),
+    )
 
 
 def _accumulate(function, inputs):

@@ -5,7 +5,11 @@ import jax
 from kernels_pallas.expert_ffn import composed, reference, xla
 from kernels_pallas.select import select
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+IMPLEMENTATIONS = {  # fastest first
+    "composed": composed,
+    "xla": xla,
+    "reference": reference,
+}
 
 
 def expert_ffn(
@@ -16,6 +20,7 @@ def expert_ffn(
     up_EDF: jax.Array,
     down_EFD: jax.Array,
     *,
+    most: int | None = None,
     implementation: str = "auto",
     grouped_matmul: str = "auto",
     token_dispatch: str = "auto",
@@ -24,6 +29,7 @@ def expert_ffn(
 
     Args:
       expert_TK: int32, distinct for one token; E for a choice that is not computed.
+      most: choices that may be computed; None: all T K. More are the caller's fault, and lost.
       implementation: "composed" is made of the ops token_dispatch and grouped_matmul, whose implementations the last
         two arguments name; naming one of them asks for it.
     """
@@ -34,9 +40,8 @@ def expert_ffn(
         raise ValueError(f"x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD: {shapes} do not fit each other")
     if any(w.dtype != x_TD.dtype for w in (gate_EDF, up_EDF, down_EFD)):
         raise ValueError(f"weights and rows must have one dtype; the rows have {x_TD.dtype}")
-    arguments = (x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD)
+    arguments = (x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, expert_TK.size if most is None else most)
     if implementation == "auto" and (grouped_matmul, token_dispatch) != ("auto", "auto"):
         implementation = "composed"
-    if implementation == "composed":
-        return composed.expert_ffn(*arguments, grouped_matmul, token_dispatch)
-    return select("expert_ffn", implementation, IMPLEMENTATIONS).expert_ffn(*arguments)
+    chosen = select("expert_ffn", implementation, IMPLEMENTATIONS)
+    return chosen.expert_ffn(*arguments, *((grouped_matmul, token_dispatch) if chosen is composed else ()))

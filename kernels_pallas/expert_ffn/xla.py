@@ -16,12 +16,12 @@ _TN = (((0,), (0,)), ((), ()))  # x_BD y_BF -> D x F
 _FEW_TOKENS = 16  # rows up to which a matmul costs no more than reading its weights
 
 
-def expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD) -> jax.Array:
+def expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, most) -> jax.Array:
     (T, K), E = expert_TK.shape, gate_EDF.shape[0]
     if T <= _FEW_TOKENS and T * K >= 2 * E:
         return _all_experts(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD)
-    tile = tile_size(T * K, E)
-    layout = make_layout(expert_TK, E, tile) if tile > 1 else _a_row_each(expert_TK, E)
+    tile = tile_size(most, E)
+    layout = make_layout(expert_TK, E, tile, most) if tile > 1 else _a_row_each(expert_TK, E)
     return _chosen_experts(x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout)
 
 
@@ -57,7 +57,8 @@ def _dot(a, b, dimensions=(((1,), (0,)), ((), ()))) -> jax.Array:
 
 
 def _tokens(x_TD, token_B) -> jax.Array:
-    return x_TD.at[token_B].get(mode="fill", fill_value=0)
+    # A padding row has token T and reads the last one instead: its gate is 0, and its result is not added to any token.
+    return x_TD.at[token_B].get(mode="clip")
 
 
 def _of(w_EDF, expert) -> jax.Array:

@@ -2,10 +2,10 @@
 
 import jax
 
-from kernels_pallas.flash_attention import reference, xla
+from kernels_pallas.flash_attention import reference, tpu, xla
 from kernels_pallas.select import select
 
-IMPLEMENTATIONS = {"reference": reference.flash_attention, "xla": xla.flash_attention}
+IMPLEMENTATIONS = {"tpu": tpu, "xla": xla, "reference": reference}  # fastest first
 
 
 def flash_attention(
@@ -24,7 +24,7 @@ def flash_attention(
       segments_BT: int32; a query sees only keys of its own segment (packed documents). Needs S = T.
       offset_B: int32; query t of row b stands at key index offset_B[b] + t (a chunk over a cache). None: S = T, at t.
     Raises:
-      ValueError: the shapes do not fit, or the implementation is unknown.
+      ValueError: the shapes do not fit, or the implementation is unknown or cannot run.
     """
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     if k_BSKH.shape != (B, S, K, H) or v_BSKV.shape[:3] != (B, S, K) or N % K:
@@ -33,5 +33,5 @@ def flash_attention(
         raise ValueError(f"{T} queries over {S} keys need offset_B: where the queries stand among the keys")
     if segments_BT is not None and (offset_B is not None or segments_BT.shape != (B, T)):
         raise ValueError(f"segments_BT {segments_BT.shape} must be {(B, T)}, without offset_B")
-    attention = select("flash_attention", implementation, IMPLEMENTATIONS)
-    return attention(q_BTNH, k_BSKH, v_BSKV, scale, segments_BT, offset_B)
+    arguments = q_BTNH, k_BSKH, v_BSKV, scale, segments_BT, offset_B
+    return select("flash_attention", implementation, IMPLEMENTATIONS, *arguments).flash_attention(*arguments)

@@ -47,6 +47,17 @@ def _keys(rows: slice, S: int, offset_B) -> int:
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
+def _add_first(x_BNSH, first_BNsH):
+    """`x` with `first` added to its first keys.
+
+    As `x.at[:, :, :s].add(first)`, but that is a scatter whose array of indices has no elements. In a gradient it
+    becomes an operand of the shard_map around, and on one without elements the compiler of JAX 0.11.2 crashes
+    (Shardy's ManualComputationUnusedInputsPattern).
+    """
+    first = x_BNSH[:, :, : first_BNsH.shape[2]] + first_BNsH
+    return jax.lax.dynamic_update_slice_in_dim(x_BNSH, first, 0, axis=2)
+
+
 @jax.custom_vjp
 def _attend(q_BNTH, k_BNSH, v_BNSV, segments_BT, offset_B):
     return _forward(q_BNTH, k_BNSH, v_BNSV, segments_BT, offset_B)[0]
@@ -80,8 +91,8 @@ def _backward(residuals, do_BNTV):
         dp = _einsum("bntv,bnsv->bnts", do, v)
         ds = (p * (dp - delta_BNT1[:, :, rows])).astype(q.dtype)
         dq.append(_einsum("bnts,bnsh->bnth", ds, k).astype(q.dtype))
-        dk_BNSH = dk_BNSH.at[:, :, :keys].add(_einsum("bnts,bnth->bnsh", ds, q))
-        dv_BNSV = dv_BNSV.at[:, :, :keys].add(_einsum("bnts,bntv->bnsv", p.astype(do.dtype), do))
+        dk_BNSH = _add_first(dk_BNSH, _einsum("bnts,bnth->bnsh", ds, q))
+        dv_BNSV = _add_first(dv_BNSV, _einsum("bnts,bntv->bnsv", p.astype(do.dtype), do))
     return jnp.concatenate(dq, axis=2), dk_BNSH.astype(k_BNSH.dtype), dv_BNSV.astype(v_BNSV.dtype), None, None
 
 

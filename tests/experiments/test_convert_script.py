@@ -6,10 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import huggingface_hub
+import jax
 import ml_dtypes
+import numpy as np
 import published
 import pytest
 
@@ -52,13 +53,12 @@ def test_there_and_back(src, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["torch_dtype"] == "float32"
 
 
-def test_what_is_imported_generates(src, tmp_path, monkeypatch, capsys):
+def test_what_is_imported_is_what_the_generation_script_opens(src, tmp_path, monkeypatch):
     assert run(monkeypatch, "import", src, tmp_path / "ours") == 0
-    flags = [f"--checkpoint={tmp_path / 'ours'}", "--prompt=so", "--max_new_tokens=4", "--temperature=0", "--json"]
-    monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
-    capsys.readouterr()
-    assert importlib.import_module("generate").run() == 0
-    assert json.loads(capsys.readouterr().out)["prompt"] == "so"
+    load = importlib.import_module("generate").load
+    (model, tokenizer), (expected, _) = (load(str(path), None, None, None) for path in (tmp_path / "ours", src))
+    jax.tree.map(np.testing.assert_array_equal, model, expected)
+    assert tokenizer.encode("some text") == Tokenizer.load(src / "tokenizer.json").encode("some text")
 
 
 def test_a_hub_id_is_downloaded_first(src, tmp_path, monkeypatch):
@@ -124,31 +124,46 @@ def test_help_shows_examples_of_both_commands():
         assert "convert.py export runs/mine" in shown
 
 
+STOPPING = """
+import signal, sys, time
+from dsv2_jax.hf import arrays, journal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have it ignored
+arrays.IN_FLIGHT, add, left = 0, journal.Journal.add, int(sys.argv.pop(1))  # as soon as it is written it is noted
+
+def stopping(self, entry):
+    global left
+    add(self, entry)
+    left -= 1
+    if not left:
+        print("now", flush=True)
+        time.sleep(60)
+
+journal.Journal.add = stopping
+import common, convert
+common.keep_memory = lambda: None  # it starts the script anew
+common.run(convert.main)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_import_goes_on(tmp_path, signal_number):
-    config = published.LITE | {"moe_intermediate_size": 4000, "vocab_size": 30_000}
-    values = {name: value.astype(ml_dtypes.bfloat16) for name, value in published.weights(config).items()}
-    src = published.write_folder(tmp_path / "src", config, values)
-    ours, stopped = tmp_path / "ours", 0
-    while True:
-        process = start("import", src, ours, stderr=subprocess.PIPE)
-        seen = 0
-        while process.poll() is None and seen < 5 * (stopped + 1) and stopped < 3:
-            journal = ours / "import.journal"
-            seen = journal.read_text().count('"entry"') if journal.exists() else 0
-            time.sleep(0.005)
-        if process.poll() is None and stopped < 3:
-            process.send_signal(signal_number)
-        process.communicate()
-        if process.returncode == 0:
-            break
-        assert process.returncode == (-9 if signal_number == signal.SIGKILL else 130)
-        stopped += 1
+def test_a_killed_import_goes_on(src, tmp_path, signal_number):
+    """Three times in the middle of its work, then left alone."""
+    ours = tmp_path / "ours"
+    environment = os.environ | {"PYTHONPATH": f"{SCRIPT.parents[1]}{os.pathsep}{SCRIPT.parent}"}
+    for count in 1, 30, 7:
+        command = [sys.executable, "-c", STOPPING, str(count), "import", str(src), str(ours)]
+        process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(signal_number)
+        stdout, stderr = process.communicate()
+        assert process.returncode == (-9 if signal_number == signal.SIGKILL else 130), stderr
+        assert ("the same command goes on from here" in stdout) == (signal_number == signal.SIGINT)
         with pytest.raises(CheckpointError, match="no checkpoint here"):
             checkpoint.load_config(ours)
-    assert stopped == 3
-    process = start("export", ours, tmp_path / "back")
-    assert process.wait() == 0
-    back = Folder(tmp_path / "back")
-    assert all(back.read(name).tobytes() == value.tobytes() for name, value in values.items())
+    assert (ours / "import.journal").read_text().count('"entry"') == 38
+    assert start("import", src, ours).wait() == 0
+    assert start("export", ours, tmp_path / "back").wait() == 0
+    one, two = Folder(src), Folder(tmp_path / "back")
+    assert all(one.read(key).tobytes() == two.read(key).tobytes() for key in one.keys())  # noqa: SIM118

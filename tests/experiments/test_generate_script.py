@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import small
 
+import common
 from dsv2_jax import config_io
 from dsv2_jax.checkpoint import Checkpoints
-from dsv2_jax.config import DataConfig, ExperimentConfig, OptimizerConfig, SourceConfig, TrainConfig
+from dsv2_jax.config import ConfigError, DataConfig, ExperimentConfig, OptimizerConfig, SourceConfig, TrainConfig
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.model.transformer import Transformer
 
@@ -103,17 +104,46 @@ def test_help_names_every_flag():
         assert f"--{flag}" in shown.stdout
 
 
-def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, run_folder):
-    flags = ["--prompt=a", f"--checkpoint={tmp_path}"]
+def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, run_folder, monkeypatch, capsys):
+    def mistaken(*flags: str) -> str:
+        """What the script says, run in this process."""
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--prompt=a", *flags])
+        with pytest.raises(SystemExit) as ended:
+            common.run(importlib.import_module("generate").run)
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(common, "keep_memory", lambda: None)
     missing = script("--prompt=a", "--checkpoint=no/such/run")
-    for failed, named in (
-        (missing, ["no/such/run", "experiments/quickstart.py"]),
-        (script(*flags), [str(tmp_path), "no checkpoint", "experiments/quickstart.py"]),
-        (script(*flags, "--temperature=-1"), ["temperature=-1.0"]),
-        (script(*flags, "--system=x"), ["--system='x'", "--chat"]),
-        (script(*flags, "--top_q=0.5"), ["--top_q", "--top_p"]),
-        (script("--prompt=a", f"--checkpoint={run_folder}", "--max_new_tokens=500"), ["max_length=128", "500 new"]),
+    assert missing.returncode == 2
+    empty = f"--checkpoint={tmp_path}"
+    for said, named in (
+        (missing.stderr, ["no/such/run", "experiments/quickstart.py"]),
+        (mistaken(empty), [str(tmp_path), "no checkpoint", "experiments/quickstart.py"]),
+        (mistaken(empty, "--temperature=-1"), ["temperature=-1.0"]),
+        (mistaken(empty, "--system=x"), ["--system='x'", "--chat"]),
+        (mistaken(empty, "--top_q=0.5"), ["--top_q", "--top_p"]),
+        (mistaken(f"--checkpoint={run_folder}", "--max_new_tokens=500"), ["max_length=128", "500 new"]),
     ):
-        assert failed.returncode == 2
-        assert "Traceback" not in failed.stderr
-        assert all(name in failed.stderr for name in named), failed.stderr
+        assert "Traceback" not in said
+        assert all(name in said for name in named), said
+
+
+def test_a_mesh_draws_the_same_text(run_folder, monkeypatch, capsys):
+    flags = (f"--checkpoint={run_folder}", "--prompt=import ", "--temperature=0", "--dtype=float32")
+    alone = generate(monkeypatch, capsys, *flags)
+    assert generate(monkeypatch, capsys, *flags, "--config.mesh=expert=2,data=rest") == alone
+
+
+@pytest.mark.parametrize(
+    ("flag", "complaint"),
+    [
+        ("--config.mesh=context=8", "context=8 is for training; use tensor, expert, fsdp or data"),
+        ("--config.mesh=expert=3", "it takes 3 devices and there are 8"),
+        ("--config.train.steps=3", "unknown argument"),
+    ],
+)
+def test_what_no_mesh_is_for_generation(run_folder, monkeypatch, capsys, flag, complaint):
+    with pytest.raises((ConfigError, SystemExit)) as error:
+        generate(monkeypatch, capsys, f"--checkpoint={run_folder}", "--prompt=import ", flag)
+    assert complaint in str(error.value) + capsys.readouterr().err

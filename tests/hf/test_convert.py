@@ -1,5 +1,6 @@
 """Published folder -> checkpoint -> published folder."""
 
+import collections
 import functools
 import json
 import math
@@ -79,8 +80,8 @@ def folders(request, tmp_path_factory):
     """(style, a bfloat16 folder, its import, the export of that), converted in small pieces."""
     home, style = tmp_path_factory.mktemp("folders"), request.param
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "PIECE", 500)
-        patch.setattr(arrays, "IN_FLIGHT", 2000)
+        patch.setattr(convert, "PIECE", 1000)
+        patch.setattr(arrays, "IN_FLIGHT", 20_000)
         src = write(home / "src", style=style)
         convert.import_folder(src, home / "ours")
         convert.export_folder(home / "ours", home / "back", shard_bytes=60_000)
@@ -221,6 +222,27 @@ def test_export_of_a_run(tmp_path):
             assert np.array_equal(folder.read(entry.source), expected) == same
     names = ["config.json", "generation_config.json", "model.safetensors"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_export_of_a_run_reads_the_vocabulary_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK", 1000)
+    monkeypatch.setattr(convert, "PIECE", 1000)
+    params = trained(tmp_path / "run")
+    read, largest = arrays.Arrays.read, collections.Counter()
+
+    def measured(self, names, index=()):
+        values = read(self, names, index)
+        largest[names] = max(largest[names], values.nbytes)
+        return values
+
+    monkeypatch.setattr(arrays.Arrays, "read", measured)
+    convert.export_folder(tmp_path / "run", tmp_path / "out")
+    assert params["embed"].nbytes == params["unembed"].nbytes == 21_504
+    assert max(largest[name] for name in (("embed",), ("unembed",))) <= 16 * 48 * 4  # rows of a chunk's height
+    folder = Folder(tmp_path / "out")
+    for key, name in ("model.embed_tokens.weight", "embed"), ("lm_head.weight", "unembed"):
+        expected = params[name].astype(BFLOAT16)
+        np.testing.assert_array_equal(folder.read(key), expected if name == "embed" else expected.T)
 
 
 def test_weights_beyond_bfloat16_are_not_exported_as_infinity(tmp_path):

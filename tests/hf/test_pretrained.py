@@ -1,6 +1,7 @@
 """`from_pretrained`: every number where it belongs, each device its slice alone, and what is said where it cannot."""
 
 import json
+import math
 
 import huggingface_hub
 import jax
@@ -14,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 from jax.sharding import Mesh
 
-from dsv2_jax import checkpoint, config_io
+from dsv2_jax import checkpoint, config_io, sharding
 from dsv2_jax.checkpoint import Checkpoints
 from dsv2_jax.config import ConfigError
 from dsv2_jax.data.tokenizer import Tokenizer
@@ -41,9 +42,7 @@ def tokenizer():
 
 
 def make_mesh(**sizes) -> Mesh:
-    names = ("data", "fsdp", "expert", "tensor", "context")
-    shape = [sizes.get(name, 1) for name in names]
-    return Mesh(np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape), names)
+    return sharding.make_mesh(sharding.MeshShape(**sizes), jax.devices()[: math.prod(sizes.values())])
 
 
 def assert_holds(model: Transformer, tensors: dict[str, np.ndarray], tied: bool = False) -> None:
@@ -137,13 +136,17 @@ def test_each_device_receives_its_slice_and_nothing_is_read_twice(tmp_path, monk
     assert split or sizes == dict(expert=4)
 
 
-def test_logits_do_not_depend_on_the_mesh(released):
-    folder, _, _ = released
-    alone, _ = from_pretrained(folder)
-    spread, _ = from_pretrained(folder, mesh=make_mesh(fsdp=2, tensor=2))
-    forward = jax.jit(lambda model, tokens_BT: model(tokens_BT))
-    expected = np.asarray(forward(alone, TOKENS))
-    assert np.abs(np.asarray(forward(spread, TOKENS)) - expected).max() <= 1e-5 * np.abs(expected).max()
+@pytest.mark.parametrize("sizes", [dict(fsdp=2, tensor=2), dict(expert=4, fsdp=2), dict(data=2)], ids=str)
+@pytest.mark.parametrize("released", ["v2"], indirect=True)
+def test_logits_do_not_depend_on_the_mesh(released, sizes):
+    """Acceptance case 9, for a released folder."""
+    folder, forward = released[0], jax.jit(lambda model, tokens_BT: model(tokens_BT))
+    expected = np.asarray(forward(from_pretrained(folder)[0], TOKENS))
+    mesh = make_mesh(**sizes)
+    spread, _ = from_pretrained(folder, mesh=mesh)
+    with sharding.use(mesh):
+        logits_BTV = np.asarray(forward(spread, TOKENS))
+    assert np.abs(logits_BTV - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 # --- our checkpoints -------------------------------------------------------------------------------------------------

@@ -355,19 +355,24 @@ def peak() -> int:
 @pytest.mark.parametrize("name", [FIRST, INDEX])
 def test_of_a_mutated_file_only_our_own_error_comes_out_and_memory_stays_bounded(tmp_path, name):
     sharded(tmp_path)
-    data, rng, refused = (tmp_path / name).read_bytes(), np.random.default_rng(0), []
-    before = peak()
-    for _ in range(1500):
+    data, refused = (tmp_path / name).read_bytes(), []
+
+    @hypothesis.settings(max_examples=1000, database=None)
+    @hypothesis.given(st.integers(0, 2**63))
+    def open_mutated(seed):
         (tmp_path / name).unlink()  # some file systems write an overwritten file to disk at once
-        (tmp_path / name).write_bytes(mutate(rng, data))
+        (tmp_path / name).write_bytes(mutate(np.random.default_rng(seed), data))
         try:
             folder = Folder(tmp_path)
             _ = [folder.read(key) for key in sorted(folder.keys())]
         except FolderError as error:
             refused.append(str(error))
+
+    before = peak()
+    open_mutated()
     assert all(name in message or SECOND in message for message in refused)
     "".join(refused).encode()  # can be printed
-    assert len(refused) > 750  # others have other numbers in their values, or other names
+    assert len(refused) > 500  # others have other numbers in their values, or other names
     assert peak() - before < 50e6
 
 

@@ -29,6 +29,7 @@ def step_metrics(model):
         assignments=np.array([24.0, 24]),  # 8 tokens, 3 experts each, in both layers
         dropped=np.array([6.0, 6]),
         sends=np.array([12.0, 16]),
+        crossed=np.array([3.0, 5]),
         balance_3=np.zeros((2, 3)),
         sequences=np.array([2.0, 2]),
     )
@@ -42,6 +43,7 @@ def test_scalars_by_hand():
     assert (row["balance/expert"], row["balance/device"], row["balance/communication"]) == (0.1, 0.2, 0.3)
     assert row["dropped_share"] == 0.25
     assert row["sends_per_token"] == 28 / 16
+    assert row["crossed_per_token"] == 8 / 16
     assert row["load/violation/layer_1"] == pytest.approx(6 / (18 / 8) - 1)
     assert row["load/violation/layer_2"] == pytest.approx(3 / (18 / 8) - 1)
     assert row["load/violation"] == pytest.approx((row["load/violation/layer_1"] + row["load/violation/layer_2"]) / 2)

@@ -1,0 +1,44 @@
+"""Named shapes: training of DeepSeek-V2 and Lite as it is and scaled down, and lengths that break kernels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    qk_dim: int = 192
+    value_dim: int = 128
+    is_packed: bool = True
+
+
+FULL = {
+    "v2": Case(1, 4096, 128, 128),
+    "v2 lite": Case(1, 4096, 16, 16),
+    "v2 lite 32k": Case(1, 32768, 16, 16),
+}
+CASES = {
+    "one token": Case(1, 1, 1, 1),
+    "ragged": Case(2, 70, 2, 2),
+    "blocks": Case(1, 300, 1, 1, is_packed=False),
+    "grouped": Case(1, 130, 4, 2),
+}
+
+
+def make_case(case: Case, dtype) -> tuple[tuple, jax.Array, jax.Array | None]:
+    """(q, k, v), a cotangent BTNV in float32, and segments: random documents, the end of each row padding."""
+    rng, B, T = np.random.default_rng(0), case.batch, case.length
+    heads = case.heads, case.kv_heads, case.kv_heads, case.heads
+    widths = case.qk_dim, case.qk_dim, case.value_dim, case.value_dim
+    *qkv, weight_BTNV = (jnp.asarray(rng.normal(size=(B, T, n, width)), dtype) for n, width in zip(heads, widths))
+    if not case.is_packed:
+        return tuple(qkv), weight_BTNV.astype(jnp.float32), None
+    starts_BT = rng.random((B, T)) < 4 / T
+    segments_BT = np.where(np.arange(T) < T - T // 5, 1 + np.cumsum(starts_BT, axis=1), 0)
+    return tuple(qkv), weight_BTNV.astype(jnp.float32), jnp.asarray(segments_BT, jnp.int32)

@@ -1,0 +1,57 @@
+"""Named shapes: DeepSeek-V2 and Lite as they are and scaled down, and routings that break kernels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.tiles import TileLayout, make_layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    tokens: int
+    choices: int
+    experts: int
+    tile: int
+    dim: int
+    width: int
+    routing: str = (
+        "random"  # "random": an expert without rows and dropped choices; "one": all to one; "none": all dropped
+    )
+
+
+FULL = {
+    "v2": Case(4096, 6, 160, 128, 5120, 1536),
+    "v2 skewed": Case(4096, 6, 160, 128, 5120, 1536, "one"),
+    "v2 lite": Case(4096, 6, 64, 128, 2048, 1408),
+    "v2 lite skewed": Case(4096, 6, 64, 128, 2048, 1408, "one"),
+}
+CASES = {
+    "v2": Case(24, 3, 5, 16, 160, 144),  # no width a multiple of 128, one above it
+    "v2 lite": Case(20, 2, 4, 16, 128, 136),
+    "single rows": Case(3, 1, 8, 16, 24, 40),
+    "all to one": Case(40, 1, 4, 16, 40, 24, "one"),
+    "none": Case(6, 2, 3, 16, 24, 16, "none"),
+    "one token": Case(1, 1, 1, 16, 8, 8),
+}
+
+
+def make_case(case: Case, dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array, TileLayout]:
+    """x_GD (padding rows hold numbers too), two expert matrices EDF, a cotangent GF in float32, and the layout."""
+    rng = np.random.default_rng(0)
+    T, K, E = case.tokens, case.choices, case.experts
+    expert_TK = np.array([rng.permutation(E)[:K] for _ in range(T)])
+    if case.routing == "one":
+        expert_TK[:] = E // 2
+    elif case.routing == "none":
+        expert_TK[:] = E
+    elif T > 1:
+        expert_TK[rng.random((T, K)) < 0.2] = E
+        expert_TK[expert_TK == 1] = E
+    layout = make_layout(jnp.asarray(expert_TK, jnp.int32), E, case.tile)
+    G = len(layout.token_of_row_G)
+    x_GD, weight_GF = rng.normal(size=(G, case.dim)), rng.normal(size=(G, case.width))
+    matrices = (jnp.asarray(rng.normal(size=(E, case.dim, case.width)), dtype) for _ in range(2))
+    return jnp.asarray(x_GD, dtype), tuple(matrices), jnp.asarray(weight_GF, jnp.float32), layout

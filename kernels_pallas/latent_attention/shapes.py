@@ -1,0 +1,60 @@
+"""Named shapes: decoding of DeepSeek-V2 and Lite as it is and scaled down, and lengths that break kernels."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.latent_attention.quantise import quantise
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    heads: int
+    queries: int  # new tokens of each row
+    lengths: tuple[int, ...]  # of each row, the new tokens included
+    page: int
+    value_dim: int = 512
+    rope_dim: int = 64
+    lanes: int = 640  # of a page's entry
+    dtype: str = "bfloat16"  # of the pages
+    ties: bool = False  # all positions alike: every weight is one over their number
+
+
+FULL = {
+    "v2": Case(128, 1, (4096,) * 64, 64),
+    "v2 speculative": Case(128, 4, (4096,) * 16, 128),
+    "v2 prefill chunk": Case(128, 256, (4096,), 128),
+    "v2 float8": Case(128, 1, (4096,) * 64, 128, dtype="float8_e4m3fn"),
+    "v2 lite": Case(16, 1, (4096,) * 64, 64),
+    "v2 lite int8": Case(16, 1, (4096,) * 64, 128, dtype="int8"),
+    "v2 lite int4": Case(16, 1, (4096,) * 64, 128, dtype="int4"),
+}
+_SMALL = {"value_dim": 128, "rope_dim": 16, "lanes": 256}
+CASES = {
+    "v2": Case(8, 1, (1, 64, 131), 16, **_SMALL),  # one token; a whole chunk; lengths that divide no page
+    "several queries": Case(4, 7, (7, 63, 140), 16, **_SMALL),  # more than one block of them
+    "v2 lite float8": Case(2, 2, (30, 65), 32, dtype="float8_e4m3fn", **_SMALL),
+    "int8": Case(2, 1, (33, 96), 32, dtype="int8", **_SMALL),
+    "int4": Case(2, 1, (65,), 64, dtype="int4", **_SMALL),
+    "ties": Case(2, 1, (50, 128), 16, ties=True, **_SMALL),
+}
+
+
+def make_case(case: Case, dtype) -> tuple[tuple, dict]:
+    """Arguments and options of `paged_latent_attention`: pages in random order, some of nobody, `dtype` the query's."""
+    rng, width = np.random.default_rng(0), case.value_dim + case.rope_dim
+    B, P = len(case.lengths), -(-max(case.lengths) // case.page)
+    q_BTNC = jnp.asarray(rng.normal(size=(B, case.queries, case.heads, width)), dtype)
+    pages = jnp.asarray(rng.normal(size=(B * P + 2, case.page, width)), jnp.float32)
+    if case.ties:
+        pages = jnp.broadcast_to(pages[:1, :1], pages.shape)
+    scales = None
+    if case.dtype in ("bfloat16", "float32"):
+        pages = pages.astype(dtype)
+    else:
+        pages, scales = quantise(pages, case.value_dim, case.dtype)
+    pages = jnp.pad(pages, ((0, 0), (0, 0), (0, case.lanes - width)))
+    table_BP = jnp.asarray(rng.permutation(len(pages))[: B * P].reshape(B, P), jnp.int32)
+    offset_B = jnp.array(case.lengths, jnp.int32) - case.queries
+    return (q_BTNC, pages, table_BP, offset_B), {"value_dim": case.value_dim, "scale": 0.1, "scales": scales}

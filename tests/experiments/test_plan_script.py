@@ -1,0 +1,101 @@
+"""experiments/plan.py: one JSON object, a page, a ranking, and errors that name the remedy."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import plan
+import pytest
+
+import common
+from dsv2_jax.config import ConfigError
+
+EXPERIMENTS = pathlib.Path(common.__file__).parent
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+V2_ON_H800 = ["--preset=v2", "--topology=h800:8x16", "--mesh=fsdp=16,expert=8"]
+
+
+@pytest.fixture(autouse=True)
+def same_environment(monkeypatch):
+    for name in plan.ENVIRONMENT:  # the script sets them for itself
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+
+
+def test_as_a_program_it_prints_one_json_object():
+    environment = os.environ | {"PYTHONPATH": str(EXPERIMENTS.parent), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(EXPERIMENTS / "plan.py"), *V2_ON_H800, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["compiled"] is False
+    assert "no compiler for h800" in made["not_compiled"]
+    memory = made["memory"]
+    assert memory["total_bytes_per_device"] == pytest.approx(sum(memory["categories"].values()))
+    assert memory["categories"]["parameters"] == pytest.approx(4 * 235.7e9 / 128, rel=2e-3)
+    assert made["tokens_per_step"] == 128 * 4096
+    visible = {name: row["visible_seconds"] for name, row in made["transports"].items()}
+    assert visible[made["cheaper_transport"]] == min(visible["stepwise"], visible["ragged"])
+    slowest = max(made["seconds"].values())
+    assert made["device_hours_per_trillion_tokens"] == pytest.approx(1e12 / (128 * 4096) * slowest * 128 / 3600)
+
+
+def test_a_page(capsys):
+    plan.main([*V2_ON_H800, "--seq=2048", "--batch-per-device=2", "--remat=dots"])
+    page = capsys.readouterr().out
+    for part in ("256 sequences of 2048 tokens", "DOES NOT FIT", "dispatch and combine", "cheaper here", "172,800"):
+        assert part in page
+
+
+def test_search_ranks_meshes(capsys):
+    plan.main(["--preset=tiny", "--topology=h100:8", "--search"])
+    page = capsys.readouterr().out
+    assert page.startswith("mesh ")
+    assert page.count("training step on h100:8") == 3
+
+
+def test_decoding_counts_weights_and_cache_once(capsys):
+    plan.main(["--preset=v2_lite", "--topology=h200:8", "--mesh=fsdp=8", "--decode", "--batch-per-device=64", "--json"])
+    made = json.loads(capsys.readouterr().out)
+    cache = 64 * 4096 * 27 * 576 * 2
+    assert made["step"] == "decode"
+    assert made["memory"]["categories"] == {"parameters": pytest.approx(2 * 15.7e9 / 8, rel=0.01), "cache": cache}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--preset=v2", "--topology=v9:2x2", "--mesh=fsdp=4"], "there are v4:4x4x8, v5e:4x8, v5p:4x4x8"),
+        (["--preset=v2", "--topology=h800:8", "--mesh=fsdp=4"], "takes 4 devices and there are 8"),
+        (["--preset=v2", "--topology=h800:8", "--mesh=fsdp=8", "--seq=8192"], "max_length=4096"),
+    ],
+)
+def test_errors_name_the_remedy(arguments, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        plan.main(arguments)
+
+
+def test_a_mesh_or_a_search(capsys):
+    with pytest.raises(SystemExit):
+        plan.main(["--preset=v2", "--topology=h800:8"])
+    assert "give either --mesh=... or --search" in capsys.readouterr().err
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install -e \"\.\[tpu\]\""):
+        plan.main(["--preset=tiny", "--topology=v5p:2x2x1", "--mesh=fsdp=4"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason='needs libtpu: pip install -e ".[tpu]"')
+@pytest.mark.parametrize("step", [[], ["--decode"]])
+def test_a_compiled_plan_tells_what_is_sent(capsys, step):
+    plan.main(["--preset=tiny", "--topology=v5p:2x2x1", "--mesh=fsdp=4", "--seq=256", "--json", *step])
+    made = json.loads(capsys.readouterr().out)
+    assert made["compiled"]
+    assert made["collectives"]["by_kind"]["all-gather"]["wire_bytes"] > 0
+    assert made["memory"]["fits"]
+    assert made["compile_seconds"] > 0

@@ -1,0 +1,218 @@
+"""Which implementation runs: automatic by the device of the mesh in force, or the one named, or the reason why not."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from kernels_pallas import select as selecting
+from kernels_pallas import sharded, support
+from kernels_pallas.flash_attention import flash_attention
+from kernels_pallas.grouped_matmul import grouped_swiglu, rows_per_tile
+from kernels_pallas.grouped_matmul import tpu as grouped_tpu
+from kernels_pallas.latent_attention import tpu as latent_tpu
+from kernels_pallas.select import Target, select, target
+from kernels_pallas.tiles import make_layout
+
+V5P = Target("tpu", "TPU v5")
+
+
+def mesh_of(chosen: Target, **axes) -> AbstractMesh:
+    axes = axes or {"data": 1}
+    device = jax.sharding.AbstractDevice(device_kind=chosen.kind, num_cores=1, platform=chosen.platform)
+    kinds = (AxisType.Auto,) * len(axes)
+    return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=kinds, abstract_device=device)
+
+
+def test_the_target_is_the_default_device_without_a_mesh():
+    assert target() == Target("cpu", "cpu")
+    with jax.default_device("cpu"):
+        assert target().platform == "cpu"
+    with jax.default_device(jax.devices()[3]):
+        assert target().platform == "cpu"
+
+
+def test_the_target_is_the_mesh_in_force():
+    """Under jit, vmap, checkpoint, scan, shard_map and in both passes of a custom_vjp; and a trace is not reused."""
+    seen = []
+
+    @jax.custom_vjp
+    def noting(x):
+        seen.append(target().platform)
+        return x
+
+    noting.defvjp(lambda x: (noting(x), None), lambda _, dx: (noting(dx),))
+
+    def through(x):
+        x, _ = jax.lax.scan(lambda x, _: (jax.checkpoint(jax.vmap(noting))(x), None), x, length=2)
+        shares = jax.sharding.PartitionSpec("data")
+        return jax.shard_map(noting, in_specs=shares, out_specs=shares)(x).sum()
+
+    gradient = jax.jit(jax.grad(through))
+    for chosen in (Target("cpu", "cpu"), V5P, Target("gpu", "NVIDIA H200")):
+        seen.clear()
+        with jax.sharding.use_abstract_mesh(mesh_of(chosen, data=2)):
+            gradient.trace(jax.ShapeDtypeStruct((4,), jnp.float32))
+        assert set(seen) == {chosen.platform}
+        assert len(seen) >= 4
+
+
+def module(reason=None):
+    return types.SimpleNamespace(
+        unsupported=lambda target, *arguments: reason and f"{reason} {target.kind} {arguments}"
+    )
+
+
+def test_automatic_takes_the_first_that_runs():
+    fast, slow, everywhere = module("not on"), module(), types.SimpleNamespace()
+    assert select("op", "auto", {"a": fast, "b": slow, "c": everywhere}, 1) is slow
+    assert select("op", "auto", {"a": fast, "c": everywhere, "b": slow}, 1) is everywhere
+
+
+def test_automatic_leaves_out_what_is_not_for_this_device():
+    elsewhere, here = types.SimpleNamespace(automatic=lambda target: target.platform == "tpu"), types.SimpleNamespace()
+    assert select("op", "auto", {"a": elsewhere, "b": here}) is here
+    assert select("op", "a", {"a": elsewhere, "b": here}) is elsewhere
+    with jax.sharding.use_abstract_mesh(mesh_of(V5P)):
+        assert select("op", "auto", {"a": elsewhere, "b": here}) is elsewhere
+
+
+def test_a_named_one_runs_or_raises_with_its_reason():
+    implementations = {"a": module("not on"), "b": module(), "c": types.SimpleNamespace()}
+    assert select("op", "c", implementations, 7) is implementations["c"]
+    with pytest.raises(ValueError, match=r"op: implementation 'a' cannot run: not on cpu \(7,\)"):
+        select("op", "a", implementations, 7)
+    with pytest.raises(ValueError, match="op: no implementation 'd'; there are auto, a, b, c"):
+        select("op", "d", implementations)
+
+
+# What each implementation says where the table shows a "no". A new "no" without its words here fails the test below.
+NOT_ON = {
+    ("flash_attention", "tpu"): "a TPU kernel, not for",
+    ("latent_attention", "tpu"): "a TPU kernel, not for",
+    ("paged_latent_attention", "tpu"): "a TPU kernel, not for",
+    ("grouped_matmul", "tpu"): "a TPU kernel, not for",
+    ("token_dispatch", "tpu"): "phrased for the TPU compiler, not for",
+}
+
+
+def test_every_unsupported_cell_of_the_table_says_why():
+    said = {(op, name, reason) for op, name, _, reason in support.table() if reason}
+    assert {(op, name) for op, name, _ in said} == set(NOT_ON)
+    for op, name, reason in said:
+        assert NOT_ON[op, name] in reason
+
+
+def test_the_table_is_printed_and_automatic_is_unique(capsys):
+    support.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(support.table())
+    assert sum(" automatic" in line for line in lines) == len(support.operations()) * len(support.TARGETS)
+    on_cpu = [line.split()[1] for line in lines if " automatic" in line and " CPU " in line]
+    assert on_cpu == ["xla"] * len(support.operations())
+
+
+def case(T=256, H=192, V=128, dtype=jnp.bfloat16):
+    return [jax.ShapeDtypeStruct((2, T, 4, width), dtype) for width in (H, H, V)]
+
+
+@pytest.mark.parametrize(
+    ("qkv", "options", "reason"),
+    [
+        (case(V=64), {}, "value width 64 is no multiple of 128"),
+        (case(dtype=jnp.float16), {}, "float16"),
+        (case(), {"offset_B": jax.ShapeDtypeStruct((2,), jnp.int32)}, "offset_B"),
+    ],
+)
+def test_flash_attention_on_tpu_falls_back_and_says_why(qkv, options, reason):
+    def run(implementation):
+        def call(*qkv, **options):
+            return flash_attention(*qkv, scale=1.0, implementation=implementation, **options)
+
+        with jax.sharding.use_abstract_mesh(mesh_of(V5P)):
+            return str(jax.make_jaxpr(call)(*qkv, **options))
+
+    with pytest.raises(ValueError, match=reason):
+        run("tpu")
+    assert "pallas_call" not in run("auto")
+
+
+def test_flash_attention_on_tpu_is_automatic():
+    with jax.sharding.use_abstract_mesh(mesh_of(V5P)):
+        program = str(jax.make_jaxpr(lambda *qkv: flash_attention(*qkv, scale=1.0))(*case()))
+    assert program.count("pallas_call") == 1
+
+
+def test_a_mesh_axis_that_does_not_divide_leaves_the_axis_whole():
+    """Batch 2 over data=2 x fsdp=3: only data splits it; 4 heads over tensor=2: split. Other axes do the same work."""
+    mesh = mesh_of(V5P, data=2, fsdp=3, tensor=2, context=2)
+    shapes = []
+
+    def local(x, nothing):
+        assert nothing is None
+        assert sharded.free_axes() == ()
+        shapes.append(x.shape)
+        return x
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert sharded.free_axes() == ("data", "fsdp", "tensor", "context")
+        x = jax.ShapeDtypeStruct((2, 5, 4), jnp.float32)
+        out = jax.eval_shape(lambda x: sharded.over_mesh(local, (x, None), ("b.n", "b"), "b.n"), x)
+    assert out.shape == (2, 5, 4)
+    assert shapes == [(1, 5, 2)]
+    assert selecting.target().platform == "cpu"
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_kernels_and_their_gradients_trace_inside_shard_map(check_vma):
+    """Whether or not it tracks which values differ between devices; outside, the rows' kernels refuse a mesh."""
+
+    def local(x_GD, expert_TK, gate, up):
+        return grouped_swiglu(x_GD, gate, up, make_layout(expert_TK, 4, 16), implementation="tpu")
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    rows, shares = (8 * 2 // 16 + 4) * 16, jax.sharding.PartitionSpec("expert")
+    arguments = array(2 * rows, 32), array(16, 2, dtype=jnp.int32), array(8, 32, 16), array(8, 32, 16)
+    with jax.sharding.use_abstract_mesh(mesh_of(V5P, expert=2)):
+        mapped = jax.shard_map(local, in_specs=shares, out_specs=shares, check_vma=check_vma)
+        gradient = jax.grad(lambda x, *others: mapped(x, *others).astype(jnp.float32).sum())
+        assert jax.eval_shape(gradient, *arguments).shape == (2 * rows, 32)
+        with pytest.raises(ValueError, match="the rows lie on several devices"):
+            jax.eval_shape(local, array(rows, 32), array(8, 2, dtype=jnp.int32), array(4, 32, 16), array(4, 32, 16))
+
+
+@pytest.mark.parametrize(
+    ("tile", "dim", "reason"), [(8, 32, "tiles of 8 rows are no multiple of 16"), (16, 40000, "40000 wide")]
+)
+def test_grouped_matmul_on_tpu_says_why(tile, dim, reason):
+    layout = jax.eval_shape(lambda e_TK: make_layout(e_TK, 4, tile), jax.ShapeDtypeStruct((8, 2), jnp.int32))
+    x = jax.ShapeDtypeStruct((len(layout.token_of_row_G), dim), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((4, dim, 16), jnp.bfloat16)
+    assert reason in grouped_tpu.unsupported(V5P, x, [w], layout)
+
+
+@pytest.mark.parametrize(
+    ("page", "pages", "value_dim", "reason"),
+    [
+        (24, 4, 512, "pages of 24 positions: must be a multiple of 16 and divide 1024"),
+        (64, 4, 500, "value width 500 is no multiple of 128"),
+        (16, 10000, 512, "use larger pages"),
+    ],
+)
+def test_latent_attention_on_tpu_says_why(page, pages, value_dim, reason):
+    q = jax.ShapeDtypeStruct((4, 1, 16, 576), jnp.bfloat16)
+    pool, table = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((4 * pages, page, 640), (4, pages)))
+    assert reason in latent_tpu.unsupported_paged(V5P, q, pool, table, None, value_dim, 0.1, None)
+    cache = jax.ShapeDtypeStruct((4, 1000, 576), jnp.bfloat16)
+    assert "a cache of 1000 positions" in latent_tpu.unsupported(V5P, q, cache, None, 512, 0.1)
+
+
+def test_tiles_on_tpu_fill_a_register():
+    assert rows_per_tile(6, 64) == 1
+    with jax.sharding.use_abstract_mesh(mesh_of(V5P)):
+        assert rows_per_tile(6, 64) == 16
+        assert rows_per_tile(24576, 64) == 128

@@ -1,0 +1,193 @@
+"""Embedding and attention on eight devices; what crosses between them; the balance of causal work."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+
+from dsv2_jax import sharding
+from dsv2_jax.config import ComputeConfig, MLAConfig
+from dsv2_jax.model import parallel, rope
+from dsv2_jax.model.attention import MLA
+from dsv2_jax.model.transformer import Transformer
+from kernels_pallas.flash_attention import reference
+from oracles.compare import assert_close
+
+CONFIG = MLAConfig(heads=4, nope_dim=10, rope_dim=8, value_dim=6, kv_latent=16, q_latent=None)
+MODEL = small.change(small.MODEL, dim=16, attention=CONFIG)
+B, T = 2, 32
+
+# --- the causal work of a sequence on several devices ----------------------------------------------------------------
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 4))
+def test_every_pair_of_blocks_is_computed_once_and_all_devices_compute_as_many(devices, per_piece, block):
+    length = 2 * devices * per_piece * block
+    assert sorted(parallel.zigzag(length, devices)) == list(range(length))
+    blocks = parallel.block_list(length, devices, block)
+    assert blocks.shape == (devices, (2 * devices - 1) * per_piece**2 + per_piece * (per_piece + 1), 3)
+    pairs = sorted((place, key) for _, place, key in blocks.reshape(-1, 3).tolist())
+    n = length // block
+    assert pairs == [(place, key) for place in range(n) for key in range(place + 1)]
+    places = parallel.zigzag(length, devices).reshape(devices, -1, block)
+    for device in range(devices):
+        for own, place, _ in blocks[device]:
+            np.testing.assert_array_equal(places[device, own], place * block + np.arange(block))
+
+
+def attention_flops(config: MLAConfig, length: int, devices: int) -> list[int]:
+    """Of one sequence, per device, from the lists that the code runs through."""
+    block = parallel.block_size(length, devices)
+    each = 2 * block * block * config.heads * (config.qk_dim + config.value_dim)
+    return [each * len(mine) for mine in parallel.block_list(length, devices, block)]
+
+
+@pytest.mark.parametrize(("length", "devices"), [(4096, 2), (32768, 8), (131072, 16), (24, 3)])
+def test_attention_flops_per_device_are_within_five_percent(length, devices):
+    flops = attention_flops(CONFIG, length, devices)
+    assert max(flops) <= 1.05 * min(flops)
+    causal = length * (length + 1) / 2 * 2 * CONFIG.heads * (CONFIG.qk_dim + CONFIG.value_dim)
+    block = parallel.block_size(length, devices)
+    assert sum(flops) <= causal * (1 + 2 * block / length)  # nothing above the diagonal but halves of blocks
+
+
+@pytest.mark.parametrize("segments", [None, (5, 17, 6)])
+def test_attention_over_blocks_is_attention(segments):
+    devices, N = 2, 3
+    q, k, v = (small.normal(i, B, T, N, width) for i, width in enumerate((12, 12, 5)))
+    if segments is None:
+        segments_BT = jnp.ones((B, T), jnp.int32)
+    else:
+        segments_BT = jnp.tile(small.packed(*segments, total=T)[0], (B, 1))
+    order = parallel.zigzag(T, devices).reshape(devices, -1)
+    lists = parallel.block_list(T, devices, 4)
+
+    def in_parts(q, k, v):
+        kv = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        out = jnp.zeros((B, T, N, 5))
+        for mine, blocks in zip(order, lists, strict=True):
+            heads_first = q[:, mine].swapaxes(1, 2)
+            o = parallel._attend(4, heads_first, *kv, segments_BT[:, mine], segments_BT, jnp.asarray(blocks))
+            out = out.at[:, mine].set(o.swapaxes(1, 2))
+        return out
+
+    whole = functools.partial(reference.flash_attention, scale=1.0, segments_BT=segments_BT)
+    assert_close(in_parts(q, k, v), whole(q, k, v))
+    weights = small.normal(9, B, T, N, 5)
+    found, expected = (
+        jax.grad(lambda *x, f=f: jnp.sum(f(*x) * weights), (0, 1, 2))(q, k, v) for f in (in_parts, whole)
+    )
+    for name, a, b in zip("qkv", found, expected, strict=True):
+        assert_close(a, b, what=f"gradient in {name}")
+
+
+# --- on eight devices ------------------------------------------------------------------------------------------------
+
+
+def collectives(text: str) -> list[tuple[str, str]]:
+    """(kind, shape of the result) of every collective of a compiled program."""
+    kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+    return re.findall(rf"= \(?(\w+\[[\d,]*\])[^=]*? ({kinds})(?:-start)?\(", text)
+
+
+def test_only_latents_cross_the_context_axis():
+    """[batch, length, kv_latent + rope_dim] and the segments; no keys or values of heads."""
+    mesh = sharding.make_mesh("context=4,data=2")
+    abstract = jax.eval_shape(lambda: MLA(MODEL, jax.random.key(0)))
+
+    def attend(mla, h_BTD, segments_BT, positions_BT):
+        cos_sin = rope.rotations(positions_BT, CONFIG.rope_dim, CONFIG.rope_theta, None)
+        return mla(h_BTD, cos_sin, segments_BT)
+
+    def tokens(*shape, dtype="int32"):
+        names = ("batch", "sequence", "embed")[: len(shape)]
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, sharding.activation_spec(*names)))
+
+    with sharding.use(mesh):
+        # Stored whole, so that the gathering of weights is not among what is seen.
+        arguments = abstract, tokens(B, T, MODEL.dim, dtype="float32"), tokens(B, T), tokens(B, T)
+        whole = jax.tree.map(lambda _: NamedSharding(mesh, jax.sharding.PartitionSpec()), abstract)
+        placed = whole, *(x.sharding for x in arguments[1:])
+        text = jax.jit(attend, in_shardings=placed).lower(*arguments).compile().as_text()
+    crossing = {shape for shape, kind in collectives(text) if kind == "all-gather"}
+    latents = f"f32[{B // 2},{T},{CONFIG.kv_latent + CONFIG.rope_dim}]"
+    assert latents in crossing
+    weights = {"f32[" + ",".join(map(str, leaf.shape)) + "]" for leaf in jax.tree.leaves(abstract)}
+    assert crossing <= {latents, f"s32[{B // 2},{T}]"} | weights
+
+
+@pytest.mark.parametrize("text", ["fsdp=4,tensor=2", "data=2,expert=2,context=2", "fsdp=2,context=2,tensor=2"])
+def test_embedding_and_its_gradient_on_a_mesh(text):
+    mesh = sharding.make_mesh(text)
+    table = nnx.Param(small.normal(0, 24, 16), axes=("vocab", "embed"))
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 24, (8, 6)))
+    weights = small.normal(2, 8, 6, 16)
+
+    def loss(table):
+        x_BTD = parallel.embed(tokens, table, jnp.float32)
+        return jnp.sum(x_BTD * weights), x_BTD
+
+    both = jax.value_and_grad(loss, has_aux=True)
+    (_, expected), expected_gradient = both(table)
+    with sharding.use(mesh):
+        placed = jax.device_put(table, sharding.tree_shardings(table, mesh))
+        (_, found), gradient = jax.jit(both)(placed)
+    assert_close(found, expected, 0)
+    assert_close(gradient[...], expected_gradient[...])
+    assert gradient[...].sharding.spec == sharding.parameter_spec(("vocab", "embed"), (24, 16), mesh)
+
+
+@pytest.fixture(scope="module")
+def scanned():
+    """(model, its lowered and its compiled forward pass for fsdp=8, as text): bfloat16, two scanned layers."""
+    compute = ComputeConfig(dtype="bfloat16", loss_chunk=8)
+    model = dataclasses.replace(MODEL, dense_width=24, vocab_size=48, compute=compute)
+    model = small.change(model, moe__expert_width=24)
+    mesh = sharding.make_mesh("fsdp=8")
+    abstract = jax.eval_shape(functools.partial(Transformer, model), jax.random.key(0))
+    rows = NamedSharding(mesh, sharding.activation_spec("batch", "sequence"))
+    tokens = jax.ShapeDtypeStruct((8, 16), "int32", sharding=rows)
+    with sharding.use(mesh):
+        forward = jax.jit(lambda model, tokens: model.features(tokens)[0])
+        lowered = forward.lower(sharding.with_shardings(abstract, mesh), tokens)
+        return abstract, lowered.as_text(), lowered.compile().as_text()
+
+
+def test_weights_are_gathered_one_layer_at_a_time_inside_the_scan(scanned):
+    abstract, _, text = scanned
+    gathered = [line for line in text.splitlines() if re.search(r"= \S+ all-gather\(", line)]
+    for name in ("w_q", "w_dkv", "w_ukv", "w_o"):
+        stacked = getattr(abstract.moe_blocks.attention, name).shape
+        shape = ",".join(map(str, stacked[1:]))
+        mine = [line for line in gathered if f"[{shape}]" in line]
+        assert any("while/body" in line for line in mine), name
+        assert not any(f"[{','.join(map(str, stacked))}]" in line for line in gathered), name
+
+
+def test_weights_are_bfloat16_before_they_are_gathered(scanned):
+    """Seen before compilation: XLA for CPUs moves bfloat16 values as float32, rounded to bfloat16 before."""
+    abstract, lowered, _ = scanned
+    stored = {
+        re.search(r"tensor<(.*)>", line[1])[1]
+        for line in re.findall(r"(sdy.sharding_constraint.*fsdp.*) : (.*)", lowered)
+    }
+    matrices = [leaf.shape[1:] for leaf in jax.tree.leaves(abstract.moe_blocks.attention) if leaf.ndim > 2]
+    for shape in matrices:
+        dimensions = "x".join(map(str, shape))
+        assert f"{dimensions}xbf16" in stored
+        assert f"{dimensions}xf32" not in stored
+
+
+def test_choosing_experts_brings_no_scores_together(scanned):
+    _, _, text = scanned
+    assert re.search(r"router/\S*top_k", text)
+    assert not [line for line in text.splitlines() if "all-gather(" in line and "top_k" in line]

@@ -1,0 +1,162 @@
+"""Ahead-of-time compilation for real TPU chips at the full shapes of V2 and Lite. Needs libtpu (extra `tpu`), no TPU.
+
+The compiler refuses a kernel that does not fit the chip's vector memory, or whose layout it cannot realise.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from kernels_pallas.flash_attention import flash_attention
+from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, shapes
+from kernels_pallas.grouped_matmul import tpu as grouped_tpu
+from kernels_pallas.latent_attention import paged_latent_attention
+from kernels_pallas.latent_attention import shapes as latent_shapes
+from kernels_pallas.latent_attention import tpu as latent_tpu
+from kernels_pallas.tiles import make_layout
+from kernels_pallas.token_dispatch import combine, dispatch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+CHIPS = {"v5p": "v5p:2x2x2", "v5e": "v5e:2x4", "v6e": "v6e:2x4"}
+VERSIONS = {"v5p": "TPU_V5P", "v5e": "TPU_V5E", "v6e": "TPU_V6E"}
+bf16 = jnp.bfloat16
+
+
+@functools.cache
+def devices(chip):
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
+
+
+def compiled(chip, function, arguments, specs=None, **axes):
+    """`function` compiled for a mesh of `axes` (one device without), `arguments` (shape, dtype) laid out by `specs`."""
+    axes = axes or {"data": 1}
+    count = int(np.prod(list(axes.values())))
+    placed = np.array(devices(chip)[:count]).reshape(*axes.values())
+    mesh = Mesh(placed, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    specs = specs or [PartitionSpec()] * len(arguments)
+    abstract = [jax.ShapeDtypeStruct(*a, sharding=NamedSharding(mesh, s)) for a, s in zip(arguments, specs)]
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*abstract).compile()
+
+
+def kernels(program) -> int:
+    return len(re.findall('custom_call_target="tpu_custom_call"', program.as_text()))
+
+
+def attention_gradients(q, k, v, segments):
+    def loss(q, k, v):
+        return flash_attention(q, k, v, scale=0.1, segments_BT=segments).astype(jnp.float32).sum()
+
+    return jax.grad(jax.checkpoint(loss), (0, 1, 2))(q, k, v)
+
+
+def attention_shapes(B, T, N):
+    return [((B, T, N, 192), bf16), ((B, T, N, 192), bf16), ((B, T, N, 128), bf16), ((B, T), jnp.int32)]
+
+
+# Lite on v5e and v6e differs from V2 there by sizes alone: left to the slow tests.
+ON_CHIPS = pytest.mark.parametrize(
+    ("chip", "model"),
+    [
+        *((chip, "v2") for chip in CHIPS),
+        ("v5p", "v2 lite"),
+        *(pytest.param(chip, "v2 lite", marks=pytest.mark.slow) for chip in ("v5e", "v6e")),
+    ],
+)
+
+
+@ON_CHIPS
+def test_flash_attention(chip, model):
+    heads = 128 if model == "v2" else 16
+    program = compiled(chip, attention_gradients, attention_shapes(1, 4096, heads))
+    assert kernels(program) == 3  # forward, dq, dk with dv
+    # Not even one head's scores of the whole sequence are held; a log-sum-exp is, in 128 lanes.
+    assert program.memory_analysis().temp_size_in_bytes <= heads * 4096 * (2 * 192 + 2 * 128 + 4 * 128) * 4
+    assert "4096,4096" not in program.as_text()
+
+
+def test_attention_over_a_mesh_needs_no_communication():
+    batch, heads = ("fsdp",), "tensor"
+    specs = [PartitionSpec(batch, None, heads)] * 3 + [PartitionSpec(batch)]
+    text = compiled("v5p", attention_gradients, attention_shapes(8, 1024, 16), specs, fsdp=4, tensor=2).as_text()
+    assert not re.findall("all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", text)
+
+
+def ffn_gradients(structure, gates_TK, x_TD, gate, up, down, *leaves):
+    """The routed experts of one layer: dispatch, SwiGLU, down, combine; and all gradients. (Sorting compiles long.)"""
+    layout = jax.tree.unflatten(structure, leaves)
+
+    def loss(x_TD, gate, up, down):
+        h_GF = grouped_swiglu(dispatch(x_TD, layout), gate, up, layout, implementation="tpu")
+        o_GD = grouped_matmul(h_GF, down, layout, implementation="tpu")
+        return combine(o_GD, gates_TK, layout).astype(jnp.float32).sum()
+
+    return jax.grad(loss, (0, 1, 2, 3))(x_TD, gate, up, down)
+
+
+@ON_CHIPS
+def test_routed_experts(chip, model):
+    case = shapes.FULL[model]
+    T, K, E, D, F = case.tokens, case.choices, case.experts, case.dim, case.width
+    layout = jax.eval_shape(lambda e_TK: make_layout(e_TK, E, case.tile), jax.ShapeDtypeStruct((T, K), jnp.int32))
+    leaves, structure = jax.tree.flatten(layout)
+    arguments = [((T, K), jnp.float32), ((T, D), bf16), ((E, D, F), bf16), ((E, D, F), bf16), ((E, F, D), bf16)]
+    arguments += [(leaf.shape, leaf.dtype) for leaf in leaves]
+    program = compiled(chip, functools.partial(ffn_gradients, structure), arguments)
+    # SwiGLU; the down matrix's dx and dw; SwiGLU's dx, and dw of gate and up. The down product itself is not needed.
+    assert kernels(program) == 6
+    # Rows of D and F in bfloat16, some in float32, and no copy of the weights.
+    rows = (T * K // case.tile + E) * case.tile
+    assert program.memory_analysis().temp_size_in_bytes <= rows * (6 * D + 8 * F) * 2
+
+
+LATENT = ["v2", "v2 speculative", "v2 prefill chunk", "v2 float8", "v2 lite", "v2 lite int8", "v2 lite int4"]
+
+
+@pytest.mark.parametrize(
+    ("chip", "name"), [*(("v5p", name) for name in LATENT), *((c, n) for c in ("v5e", "v6e") for n in LATENT[::3])]
+)
+def test_latent_attention(chip, name):
+    case = latent_shapes.FULL[name]
+    B, P = len(case.lengths), max(case.lengths) // case.page
+    is_coded = case.dtype != "bfloat16"
+    arguments = [
+        ((B, case.queries, case.heads, case.value_dim + case.rope_dim), bf16),
+        ((B * P, case.page, case.lanes), jnp.dtype(case.dtype)),
+        ((B, P), jnp.int32),
+        ((B,), jnp.int32),
+        *([((B * P, 2, case.page), jnp.float32)] * is_coded),
+    ]
+
+    def attend(q, pages, table, offset, scales=None):
+        options = {"value_dim": case.value_dim, "scale": 0.1, "scales": scales, "implementation": "tpu"}
+        return paged_latent_attention(q, pages, table, offset, **options)
+
+    program = compiled(chip, attend, arguments)
+    assert kernels(program) == 1
+    queries = B * case.queries * case.heads
+    assert program.memory_analysis().temp_size_in_bytes <= queries * (2 * 640 * 2 + 2 * 2 * (512 + 128) * 4) + (1 << 20)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_kernels_leave_a_quarter_of_the_vector_memory(chip):
+    capacity = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion[VERSIONS[chip]], 1).vmem_capacity_bytes
+    assert max(grouped_tpu.VMEM_LIMIT, latent_tpu.VMEM_LIMIT) <= 0.75 * capacity
+
+
+def test_a_kernel_beyond_its_budget_is_refused(monkeypatch):
+    """So that compiling under VMEM_LIMIT is a check."""
+    monkeypatch.setattr(latent_tpu, "VMEM_LIMIT", 2 << 20)
+    with pytest.raises(Exception, match=r"(?i)vmem"):
+        test_latent_attention("v5p", "v2 lite")

@@ -1,0 +1,52 @@
+"""One process of a run of several, as a program: python two_processes.py FOLDER MESH STEPS FLAGS.
+
+FOLDER holds text/. With --signal=NUMBER, process 1 sends itself that signal while it reads its fifth batch.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import small_training
+
+import common
+from dsv2_jax.config import CheckpointConfig
+
+
+def experiment(folder: Path, mesh: str | None, steps: int):
+    changes = {"batch_size": 8, "checkpoint": CheckpointConfig(every=2)}
+    config = small_training.text_experiment(folder, steps=steps, optimizer__decay_at=(), **changes)
+    model = dataclasses.replace(config.model, dim=24)
+    return dataclasses.replace(config, model=model, mesh=mesh)
+
+
+def send_when_reading(number: int) -> None:
+    from dsv2_jax.data.pipeline import TrainIterator
+
+    original, calls = TrainIterator.next, []
+
+    def next(self, rows: int):
+        calls.append(rows)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
+        return original(self, rows)
+
+    TrainIterator.next = next
+
+
+def main() -> None:
+    parser = common.argument_parser(__doc__, "")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("mesh")
+    parser.add_argument("steps", type=int)
+    parser.add_argument("--signal", type=int)
+    common.add_process_flags(parser)
+    flags = common.parse_arguments(parser)
+    common.start_processes(flags)
+    if flags.signal and flags.process == 1:
+        send_when_reading(flags.signal)
+    common.train(experiment(flags.folder, flags.mesh, flags.steps), str(flags.folder / "run"))
+
+
+if __name__ == "__main__":
+    common.run(main)

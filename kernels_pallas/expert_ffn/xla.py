@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import swiglu
+from kernels_pallas.tile_loop import NT, TN, add, dot, of, over_tiles
 from kernels_pallas.tiles import TileLayout, make_layout, tile_size
 
-_NT = (((1,), (1,)), ((), ()))  # x_BF w_DF -> x_BD
-_TN = (((0,), (0,)), ((), ()))  # x_BD y_BF -> D x F
 _FEW_TOKENS = 16  # rows up to which a matmul costs no more than reading its weights
 
 
@@ -52,41 +51,9 @@ def _einsum(equation: str, *operands) -> jax.Array:
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
-def _dot(a, b, dimensions=(((1,), (0,)), ((), ()))) -> jax.Array:
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
-
-
 def _tokens(x_TD, token_B) -> jax.Array:
     # A padding row has token T and reads the last one instead: its gate is 0, and its result is not added to any token.
     return x_TD.at[token_B].get(mode="clip")
-
-
-def _of(w_EDF, expert) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
-
-
-def _add(dw_EDF, expert, dw_DF) -> jax.Array:
-    old = jax.lax.dynamic_index_in_dim(dw_EDF, expert)
-    return jax.lax.dynamic_update_slice_in_dim(dw_EDF, old + dw_DF[None], expert, 0)
-
-
-def _over_tiles(layout: TileLayout, body, outputs):
-    """Folds `body(read, write, expert, outputs)` over the live tiles.
-
-    `read(x)` is the tile's rows of x; `write(y, rows)` puts them into y.
-    """
-    tile = layout.tile
-
-    def step(i, outputs):
-        def read(x):
-            return jax.lax.dynamic_slice_in_dim(x, i * tile, tile)
-
-        def write(y, rows):
-            return jax.lax.dynamic_update_slice_in_dim(y, rows.astype(y.dtype), i * tile, 0)
-
-        return body(read, write, layout.expert_of_tile[i], outputs)
-
-    return jax.lax.fori_loop(0, layout.live_tiles, step, outputs)
 
 
 def _gates_of_rows(gates_TK, layout: TileLayout) -> jax.Array:
@@ -106,13 +73,13 @@ def _forward(x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout):
         y_TD, a_GF, b_GF = outputs
         token_B = read(layout.token_of_row_G)
         x_BD = _tokens(x_TD, token_B)
-        a_BF, b_BF = _dot(x_BD, _of(gate_EDF, expert)), _dot(x_BD, _of(up_EDF, expert))
+        a_BF, b_BF = dot(x_BD, of(gate_EDF, expert)), dot(x_BD, of(up_EDF, expert))
         h_BF = (read(gates_G1) * swiglu.swiglu(a_BF, b_BF)).astype(x_BD.dtype)
-        y_TD = y_TD.at[token_B].add(_dot(h_BF, _of(down_EFD, expert)), mode="drop")
+        y_TD = y_TD.at[token_B].add(dot(h_BF, of(down_EFD, expert)), mode="drop")
         return y_TD, write(a_GF, a_BF), write(b_GF, b_BF)
 
     zeros_GF = jnp.zeros((gates_G1.shape[0], gate_EDF.shape[2]), x_TD.dtype)
-    y_TD, a_GF, b_GF = _over_tiles(layout, body, (jnp.zeros(x_TD.shape, jnp.float32), zeros_GF, zeros_GF))
+    y_TD, a_GF, b_GF = over_tiles(layout, body, (jnp.zeros(x_TD.shape, jnp.float32), zeros_GF, zeros_GF))
     return y_TD.astype(x_TD.dtype), (x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout, a_GF, b_GF)
 
 
@@ -124,18 +91,18 @@ def _backward(residuals, dy_TD):
         dx_TD, dgates_G1, dgate_EDF, dup_EDF, ddown_EFD = outputs
         token_B, gates_B1, a_BF, b_BF = map(read, (layout.token_of_row_G, gates_G1, a_GF, b_GF))
         x_BD, dy_BD = _tokens(x_TD, token_B), _tokens(dy_TD, token_B)
-        dh_BF, h_BF = _dot(dy_BD, _of(down_EFD, expert), _NT), swiglu.swiglu(a_BF, b_BF)
+        dh_BF, h_BF = dot(dy_BD, of(down_EFD, expert), NT), swiglu.swiglu(a_BF, b_BF)
         dgates_G1 = write(dgates_G1, jnp.sum(h_BF.astype(jnp.float32) * dh_BF, axis=-1, keepdims=True))
         da_BF, db_BF = swiglu.gradients(a_BF, b_BF, gates_B1 * dh_BF)
-        dx_BD = _dot(da_BF, _of(gate_EDF, expert), _NT) + _dot(db_BF, _of(up_EDF, expert), _NT)
+        dx_BD = dot(da_BF, of(gate_EDF, expert), NT) + dot(db_BF, of(up_EDF, expert), NT)
         dx_TD = dx_TD.at[token_B].add(dx_BD, mode="drop")
-        dgate_EDF = _add(dgate_EDF, expert, _dot(x_BD, da_BF, _TN))
-        dup_EDF = _add(dup_EDF, expert, _dot(x_BD, db_BF, _TN))
-        ddown_EFD = _add(ddown_EFD, expert, _dot((gates_B1 * h_BF).astype(x_BD.dtype), dy_BD, _TN))
+        dgate_EDF = add(dgate_EDF, expert, dot(x_BD, da_BF, TN))
+        dup_EDF = add(dup_EDF, expert, dot(x_BD, db_BF, TN))
+        ddown_EFD = add(ddown_EFD, expert, dot((gates_B1 * h_BF).astype(x_BD.dtype), dy_BD, TN))
         return dx_TD, dgates_G1, dgate_EDF, dup_EDF, ddown_EFD
 
     zeros = (jnp.zeros(a.shape, jnp.float32) for a in (x_TD, gates_G1, gate_EDF, up_EDF, down_EFD))
-    dx_TD, dgates_G1, *dweights = _over_tiles(layout, body, tuple(zeros))
+    dx_TD, dgates_G1, *dweights = over_tiles(layout, body, tuple(zeros))
     dgates_TK = dgates_G1[:, 0].at[layout.row_of_choice_TK].get(mode="fill", fill_value=0)
     dweights = (dw.astype(x_TD.dtype) for dw in dweights)
     return dx_TD.astype(x_TD.dtype), dgates_TK.astype(gates_TK.dtype), *dweights, None

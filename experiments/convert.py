@@ -17,7 +17,7 @@ EXAMPLES = """\
 python experiments/convert.py import deepseek-ai/DeepSeek-V2-Lite models/lite      downloads it first
   python experiments/convert.py import downloads/DeepSeek-V2 models/v2 --dry-run        lists every tensor and problem
   python experiments/generate.py --checkpoint=models/lite --prompt='What is MLA?'
-  python experiments/convert.py export runs/mine published/mine --shard-size=2GB        for transformers and vLLM"""
+  python experiments/convert.py export runs/mine published/mine --shard-size=2GB        as published"""
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -36,7 +36,7 @@ def arguments():
     text = "Checkpoint to published folder."
     command = add_command("export", help=text, description=text, epilog=parser.epilog, **options)
     command.add_argument("src", metavar="SRC", help="a run folder (its newest checkpoint) or one checkpoint")
-    command.add_argument("dst", metavar="DST", help="a new folder, which transformers and vLLM load")
+    command.add_argument("dst", metavar="DST", help="a new folder, as published ones are: transformers loads it")
     command.add_argument("--dtype", choices=DTYPES, metavar=dtypes, default="bfloat16", help="default: bfloat16")
     command.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file, such as 500MB; default: 5GB")
     _add_dry_run(command)

@@ -114,7 +114,7 @@ def export_folder(
     report: Callable[[str], None] = print,
     progress: Progress = _silent,
 ) -> None:
-    """The model of our checkpoint `src` (as for `checkpoint.locate`) as a folder in the published layout, which transformers loads.
+    """The model of our checkpoint `src` (as for `checkpoint.locate`) as a published folder, which transformers loads.
 
     Args:
       shard_bytes: largest size of a safetensors file (a larger tensor has one of its own).

@@ -67,8 +67,9 @@ def watch(children: list[subprocess.Popen], grace: float) -> int:
             return 0
         time.sleep(0.1)
     wait(children, grace)
-    # One whose peer was killed ends too, perhaps sooner than the killed one is noticed: that one is to be named.
-    killed = [i for i, child in enumerate(children) if (child.poll() or 0) < 0]
+    # A process whose peer was killed ends too, with an exit code or aborted by the runtime, perhaps before the next
+    # look: the killed one is to be named.
+    killed = [i for i, child in enumerate(children) if (child.poll() or 0) < 0 and child.returncode != -signal.SIGABRT]
     first = (killed or failed)[0]
     code = children[first].returncode
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -40,6 +40,13 @@ def test_the_job_ends_when_one_process_does(end, how):
     assert f"process 1 of 2 {how}; the job was ended. The same command goes on from its last checkpoint." in error
 
 
+@pytest.mark.parametrize("end", ["os.abort()", "sys.exit(1)"])
+def test_the_killed_process_is_named_though_another_ended_with_it(end):
+    code = f"import os, sys\nif '--process=1' in sys.argv: os.kill(os.getpid(), 9)\n{end}"
+    _, error = start("--processes=2", code=code).communicate(timeout=60)
+    assert "process 1 of 2 was killed by SIGKILL" in error
+
+
 def test_a_signal_reaches_all(tmp_path):
     code = (
         "import signal, sys, time, pathlib\n"

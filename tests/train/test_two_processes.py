@@ -62,7 +62,9 @@ def test_one_of_two_dies_and_the_restart_goes_on_to_the_losses_of_one_process(te
     died = launch(tmp_path, "fsdp=2", STEPS, f"--signal={signal.SIGKILL:d}")
     assert died.returncode == 1
     assert "process 1 of 2 was killed by SIGKILL; the job was ended. The same command goes on" in died.stderr
-    assert "error: process 0 stopped, as another has ended or cannot be reached" in died.stderr
+    # by its own message where a computation fails; where it waits for the other to save, JAX ends it
+    ends = ("error: process 0 stopped, as another has ended or cannot be reached", "Task 1 heartbeat timeout")
+    assert any(end in died.stderr for end in ends)
     again = launch(tmp_path, "fsdp=2", STEPS)
     assert again.returncode == 0, again.stderr
     resumed = re.findall(r"resuming after step (\d) of 6", again.stdout)

@@ -7,7 +7,7 @@ and Lite: a dict
 
     name -> (function, arguments, temporaries)
 
-    function     what is compiled, under jit; it names its implementation (`implementation="gpu"`), so that none falls back
+    function     what is compiled, under jit; it names its implementation ("gpu"), so that none falls back
     arguments    a tuple of pytrees of jax.ShapeDtypeStruct without sharding
     temporaries  bytes that the program may hold beside its arguments and results
 

@@ -1,0 +1,32 @@
+"""What the Hopper kernels share: for which devices they are, how many blocks fill one, and how they are interpreted."""
+
+import contextlib
+import re
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.select import Target
+
+try:
+    InterpretParams = plgpu.InterpretGPUParams
+except AttributeError:  # not exported before jax 0.11
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as InterpretParams
+
+WARPGROUP = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+
+
+def not_hopper(target: Target) -> str | None:
+    """Why a Hopper kernel cannot run there; None on an H100, H200 or GH200 (compute capability 9.0)."""
+    if target.platform != "gpu":
+        return f"a Hopper kernel, not for {target.platform}"
+    if not re.search(r"\bG?H[12]00\b", target.kind):
+        return f"a Hopper kernel (H100, H200, GH200), not for {target.kind}"
+    return None
+
+
+def multiprocessors() -> int:
+    """Of the device of the mesh in force, else of the default one; 1 on a host, where kernels are interpreted."""
+    if device := jax.sharding.get_abstract_mesh().abstract_device:
+        return device.num_cores if device.platform == "gpu" else 1
+    return getattr(jax.local_devices()[0], "core_count", 1)

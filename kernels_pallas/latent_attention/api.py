@@ -4,12 +4,13 @@ import types
 
 import jax
 
-from kernels_pallas.latent_attention import paged, reference, tpu, xla
+from kernels_pallas.latent_attention import gpu, paged, reference, tpu, xla
 from kernels_pallas.select import select
 
-IMPLEMENTATIONS = {"tpu": tpu, "xla": xla, "reference": reference}  # fastest first
+IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}  # fastest first
 PAGED_IMPLEMENTATIONS = {
     "tpu": types.SimpleNamespace(attend=tpu.paged_latent_attention, unsupported=tpu.unsupported_paged),
+    "gpu": types.SimpleNamespace(attend=gpu.paged_latent_attention, unsupported=gpu.unsupported_paged),
     "xla": types.SimpleNamespace(attend=paged.over_pages(xla.latent_attention)),
     "reference": types.SimpleNamespace(attend=paged.over_pages(reference.latent_attention, "float32")),
 }

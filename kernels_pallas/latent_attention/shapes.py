@@ -1,7 +1,9 @@
 """Named shapes: decoding of DeepSeek-V2 and Lite as it is and scaled down, and lengths that break kernels."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -58,3 +60,29 @@ def make_case(case: Case, dtype) -> tuple[tuple, dict]:
     table_BP = jnp.asarray(rng.permutation(len(pages))[: B * P].reshape(B, P), jnp.int32)
     offset_B = jnp.array(case.lengths, jnp.int32) - case.queries
     return (q_BTNC, pages, table_BP, offset_B), {"value_dim": case.value_dim, "scale": 0.1, "scales": scales}
+
+
+def gpu_cases() -> dict[str, tuple]:
+    """What `check_gpu` compiles: 4096 positions of V2 and Lite; pages that a tile spans, few sequences, one piece."""
+    from kernels_pallas.latent_attention import api
+
+    def paged(heads, queries, batch, page, most):
+        arguments = (
+            jax.ShapeDtypeStruct((batch, queries, heads, 576), jnp.bfloat16),
+            jax.ShapeDtypeStruct((batch * 4096 // page, page, 576), jnp.bfloat16),
+            jax.ShapeDtypeStruct((batch, 4096 // page), jnp.int32),
+            jax.ShapeDtypeStruct((batch,), jnp.int32),
+        )
+        attend = functools.partial(api.paged_latent_attention, value_dim=512, scale=0.1, implementation="gpu")
+        return attend, arguments, most << 20
+
+    _, (q, pages, _, offset), _ = paged(128, 1, 16, 4096, 0)
+    whole = functools.partial(api.latent_attention, value_dim=512, scale=0.1, implementation="gpu")
+    return {
+        "v2": paged(128, 1, 128, 64, 1),
+        "v2, 4 queries": paged(128, 4, 128, 64, 1),
+        "v2 in one piece": (whole, (q, pages, offset), 17 << 20),
+        "lite": paged(16, 1, 128, 64, 20),
+        "lite, 4 queries": paged(16, 4, 128, 64, 1),
+        "lite, 8 sequences, pages of 16": paged(16, 1, 8, 16, 20),
+    }

@@ -79,6 +79,7 @@ def kernel(log: Path) -> tuple[str, list[str]]:
     code = next(log.parent.glob(f"{log.stem}*.sass*")).read_text()
     counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
     broken = [f"no {name} ({what})" for name, what in INSTRUCTIONS.items() if not counts[name]]
+    broken += ["products wait for one another (wgmma serialised)"] if "serialized" in said else []
     broken += [f"{spills} bytes of registers spilt > {SPILLS}"] if spills > SPILLS else []
     broken += [f"{shared} bytes of shared memory > {SHARED_MEMORY}"] if shared > SHARED_MEMORY else []
     text = f"{registers} registers, {spills} B spilt, {shared / 1024:.1f} KiB shared, "

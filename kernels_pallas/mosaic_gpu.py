@@ -1,18 +1,14 @@
 """What the Hopper kernels share: for which devices they are, how many blocks fill one, and how they are interpreted."""
 
-import contextlib
 import re
 
 import jax
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.select import Target
 
-try:
-    InterpretParams = plgpu.InterpretGPUParams
-except AttributeError:  # not exported before jax 0.11
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as InterpretParams
-
+InterpretParams = InterpretGPUParams  # exported by plgpu itself from jax 0.11 on
 WARPGROUP = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 

@@ -5,16 +5,24 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.grouped_matmul import reference, tpu, xla
+from kernels_pallas.grouped_matmul import gpu, reference, tpu, xla
+from kernels_pallas.mosaic_gpu import not_hopper
 from kernels_pallas.select import select, target
 from kernels_pallas.tiles import TileLayout, tile_size
 
-IMPLEMENTATIONS = {"tpu": tpu, "xla": xla, "reference": reference}  # fastest first
+IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}  # fastest first
 
 
 def rows_per_tile(pairs: int, experts: int) -> int:
-    """Rows of a tile for this many (token, chosen expert) pairs: on TPU no fewer than a register of bfloat16 has."""
-    return max(tile_size(pairs, experts), 16 if target().platform == "tpu" else 1)
+    """Rows of a tile for this many (token, chosen expert) pairs.
+
+    On TPU no fewer than a register of bfloat16 has; on Hopper what one wgmma multiplies, however many there are: the
+    kernel takes two tiles of an expert at a time where there are two.
+    """
+    device = target()
+    if not_hopper(device) is None:
+        return gpu.UNIT
+    return max(tile_size(pairs, experts), 16 if device.platform == "tpu" else 1)
 
 
 def _validate(x_GD: jax.Array, weights: list[jax.Array], layout: TileLayout, scales_EF) -> None:

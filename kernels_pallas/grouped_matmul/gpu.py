@@ -168,19 +168,21 @@ def _run(total, work: Callable, ready, free, accumulators: list[tuple[int, int]]
 
 def _write(values, outs, rows, first, staging) -> None:
     """Writes each of `values` [UNIT, n], in chunks, to the rows of its `out` from column `first` on."""
-    slots, chunk = 0, staging.shape[-1]
-    wg = lax.axis_index("wg")
-    for value, out in zip(values, outs):
-        for column in range(0, value.shape[1], chunk):
+    wg, chunk = lax.axis_index("wg"), staging.shape[-1]
+    chunks = [(v, out, column) for v, out in zip(values, outs) for column in range(0, v.shape[1], chunk)]
 
-            @pl.when(first + column < out.shape[-1])
-            def _(value=value, out=out, column=column, slot=slots % 2):
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                staging[wg, slot] = value[:, column : column + chunk].astype(staging.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(staging.at[wg, slot], out.at[rows, pl.ds(first + column, chunk)])
+    def write(value, out, column, slot):
+        staging[wg, slot] = value[:, column : column + chunk].astype(staging.dtype)
+        plgpu.commit_smem()
+        here = out.at[rows, pl.ds(first + column, chunk)]
+        plgpu.copy_smem_to_gmem(staging.at[wg, slot], here, commit_group=False)
 
-            slots += 1
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for i, (value, out, column) in enumerate(chunks):
+        if i > 1:
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        pl.when(first + column < out.shape[-1])(functools.partial(write, value, out, column, i % 2))
+        plgpu.commit_smem_to_gmem_group()  # an empty one where there is no chunk, so that waiting counts right
 
 
 def _shared(shape, dtype, row: int | None = None):
@@ -259,10 +261,11 @@ def _rows(xs, ws, layout, epilogue, outputs, interpret, transposed=False, scales
 
             def copy(pairs, k, stage):
                 x_ref, w_refs = pairs
-                depth, across = pl.ds(k * DEPTH, DEPTH), pl.ds(n * columns, columns)
-                plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(first * UNIT, units * UNIT), depth], a.at[stage], ready.at[stage])
+                rows, depth = pl.ds(first * UNIT, units * UNIT), pl.ds(k * DEPTH, DEPTH)
+                plgpu.copy_gmem_to_smem(x_ref.at[rows, depth], a.at[stage], ready.at[stage])
                 for p, w_ref in enumerate(w_refs):
-                    part = w_ref.at[e, across, depth] if transposed else w_ref.at[e, depth, across]
+                    part = pl.ds(n * columns, columns)
+                    part = w_ref.at[e, part, depth] if transposed else w_ref.at[e, depth, part]
                     plgpu.copy_gmem_to_smem(part, b.at[stage, p], ready.at[stage])
 
             def load(k, stage):
@@ -289,7 +292,7 @@ def _rows(xs, ws, layout, epilogue, outputs, interpret, transposed=False, scales
             def finish(*sums):
                 here = n * columns + mine
                 if scales:
-                    of = (s_ref[e, pl.ds(here, width)] for s_ref in scale_refs)
+                    of = (_read(s_ref, (e, pl.ds(here, width)), interpret) for s_ref in scale_refs)
                     sums = [s * lax.broadcast_in_dim(f, s.shape, (1,)) for s, f in zip(sums, of)]
                 row = first * UNIT if scales else (first + wg) * UNIT
                 _write(epilogue(*sums), refs[-outputs:], pl.ds(row, UNIT), here, staging)
@@ -312,6 +315,11 @@ def _rows(xs, ws, layout, epilogue, outputs, interpret, transposed=False, scales
     out = [_output((G, N), interpret, *xs, *ws)] * outputs
     kernel = _kernel(body, out, "grouped_rows", interpret, 1 + products, **scratch)
     return [y[:, :N] for y in kernel(*_blocks(layout, E, units), *xs, *ws, *scales)]
+
+
+def _read(ref, index, interpret):
+    """A vector from the device's memory, which is read element by element; the interpreter knows only `ref[index]`."""
+    return ref[index] if interpret else plgpu.load(ref, index, optimized=False)
 
 
 def _widened(codes):

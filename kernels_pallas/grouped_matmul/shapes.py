@@ -1,11 +1,13 @@
 """Named shapes: DeepSeek-V2 and Lite as they are and scaled down, and routings that break kernels."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.grouped_matmul.api import grouped_matmul, grouped_swiglu
 from kernels_pallas.tiles import TileLayout, make_layout
 
 
@@ -55,3 +57,41 @@ def make_case(case: Case, dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]
     x_GD, weight_GF = rng.normal(size=(G, case.dim)), rng.normal(size=(G, case.width))
     matrices = (jnp.asarray(rng.normal(size=(E, case.dim, case.width)), dtype) for _ in range(2))
     return jnp.asarray(x_GD, dtype), tuple(matrices), jnp.asarray(weight_GF, jnp.float32), layout
+
+
+def gpu_cases() -> dict[str, tuple]:
+    """For check_gpu.py: name -> (function, arguments, temporaries in bytes), at the full shapes of V2 and Lite."""
+    matmul = functools.partial(grouped_matmul, implementation="gpu")
+    swiglu = functools.partial(grouped_swiglu, implementation="gpu")
+
+    def gradients(function):
+        def backward(dy_GF, layout, *arguments):
+            return jax.vjp(lambda *arguments: function(*arguments, layout), *arguments)[1](dy_GF)
+
+        return backward
+
+    def coded(function):
+        return lambda x_GD, weights, scales, layout: function(x_GD, *weights, layout, scales_EF=scales)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    cases = {}
+    for name in ("v2", "v2 lite"):
+        case = FULL[name]
+        T, K, E, D, F = case.tokens, case.choices, case.experts, case.dim, case.width
+        layout = jax.eval_shape(lambda e_TK, E=E: make_layout(e_TK, E, 64), array(T, K, dtype=jnp.int32))
+        G, small = len(layout.token_of_row_G), 1 << 20
+        x_GD, h_GF, up_EDF, down_EFD = array(G, D), array(G, F), array(E, D, F), array(E, F, D)
+        cases[f"{name} down"] = matmul, (h_GF, down_EFD, layout), small
+        cases[f"{name} swiglu"] = swiglu, (x_GD, up_EDF, up_EDF, layout), small
+        cases[f"{name} down gradients"] = gradients(matmul), (x_GD, layout, h_GF, down_EFD), small
+        # Both products and their cotangents.
+        held = 4 * 2 * G * F + small
+        cases[f"{name} swiglu gradients"] = gradients(swiglu), (h_GF, layout, x_GD, up_EDF, up_EDF), held
+        for dtype in (jnp.int8, jnp.float8_e4m3fn):
+            of = f"{name} {jnp.dtype(dtype).name}"
+            weights, scales = [array(E, D, F, dtype=dtype)] * 2, [array(E, F, dtype=jnp.float32)] * 2
+            cases[f"{of} matmul"] = coded(matmul), (x_GD, weights[:1], scales[:1], layout), small
+            cases[f"{of} swiglu"] = coded(swiglu), (x_GD, weights, scales, layout), small
+    return cases

@@ -22,7 +22,7 @@ from kernels_pallas.sharded import free_axes, kernel_output, over_mesh
 
 ROWS = KEYS = ROPE = 64  # rows of a block; keys of a tile; lanes of the rotary part, zeros beyond its width
 SHARED_MEMORY = 227 << 10  # bytes of a block
-LEAST_PAIRS = 4  # of tiles in a part, or combining the parts costs more than they save
+PART_PAIRS = 2  # what reading the queries, writing a part's float32 sums and combining them costs, in pairs of tiles
 _HIDDEN, _LEAST = -1e30, -1e20  # of a score, and of a maximum, so that a row that sees nothing yet has weights of 0
 _COPY_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 _ROPE, _HALF = 0, 1  # barriers of a tile: of the rotary part, then of each half of the latents
@@ -70,19 +70,21 @@ def _page_of(S: int) -> int:
 
 
 def _splits(units: int, pairs: int) -> int:
-    """Parts of the keys: the fewest that leave at most a tenth of the cores idle, else what leaves the fewest."""
-
+    """Parts of the keys: what takes the fewest rounds of all multiprocessors, counted in pairs of tiles."""
     cores = multiprocessors()
 
-    def idle(splits):
-        return 1 - units * splits / (-(-units * splits // cores) * cores)
+    def rounds(splits):
+        return -(-units * splits // cores) * (-(-pairs // splits) + (PART_PAIRS if splits > 1 else 1))
 
-    choices = range(1, max(1, min(32, pairs // LEAST_PAIRS)) + 1)
-    return next((splits for splits in choices if idle(splits) <= 0.1), min(choices, key=idle))
+    return min(range(1, min(pairs, cores) + 1), key=rounds)
 
 
 def _visible(key, place):
     return key <= place
+
+
+def _wait_for_weights(barrier):
+    plgpu.barrier_wait(barrier)
 
 
 def _kernel(
@@ -130,11 +132,7 @@ def _kernel(
                 tile = 2 * (first + j) + slot
                 sources = [block_ref[sequence, tile * copies + i] for i in range(copies)]
                 for k, columns in enumerate((pl.ds(R, ROPE), *halves)):
-
-                    @pl.when(j > 0)
-                    def _():
-                        plgpu.barrier_wait(consumed.at[3 * slot + k])
-
+                    pl.when(j > 0)(functools.partial(plgpu.barrier_wait, consumed.at[3 * slot + k]))
                     for i, source in enumerate(sources):
                         keys = pl.ds(i * (KEYS // copies), KEYS // copies)
                         target = rope_smem.at[slot, keys] if k == _ROPE else latent_smem.at[slot, k - _HALF, keys]
@@ -151,11 +149,8 @@ def _kernel(
     def cast(x, layout):
         return x if interpret else plgpu.layout_cast(x, layout)  # the interpreter of JAX 0.10 has no layouts
 
-    def rows(ref, slot):
-        """A row statistic from shared memory; the interpreter of JAX 0.10 knows no load with a layout."""
-        if interpret:
-            return ref[slot]
-        return plgpu.load(ref.at[slot], (), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    def of_rows(x_M):
+        return cast(x_M, plgpu.Layout.WGMMA.reduce(1))
 
     def hidden(index):
         """An index the compiler cannot see through: it would keep a tile's 36 matrix descriptors in registers."""
@@ -189,7 +184,7 @@ def _kernel(
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
         plgpu.barrier_wait(q_loaded)
         rope_q = weight_smem[1]
-        row = cast(jax.lax.broadcasted_iota(jnp.int32, (ROWS,), 0), plgpu.Layout.WGMMA.reduce(1))
+        row = of_rows(jax.lax.broadcasted_iota(jnp.int32, (ROWS,), 0))
         row += jax.lax.rem(unit, jnp.int32(blocks)) * ROWS
         place_M = offset_ref[sequence] + jax.lax.div(row, jnp.full_like(row, heads))
 
@@ -240,27 +235,25 @@ def _kernel(
                 kept_M = jnp.exp2(before_M - first_M)
                 sum_MR = meet(weights, 0, kept_M, sum_MR)
                 total_M = total_M * kept_M + here_M
-                plgpu.barrier_wait(published.at[1])
-                second_M = rows(max_smem, 1)
+                _wait_for_weights(published.at[1])
+                second_M = of_rows(max_smem[1])
                 kept_M = jnp.exp2(first_M - second_M)
                 sum_MR = meet(weight_smem.at[1], 1, kept_M, sum_MR)
                 return sum_MR, second_M, total_M * kept_M
-            plgpu.barrier_wait(published.at[0])
-            first_M = rows(max_smem, 0)
+            _wait_for_weights(published.at[0])
+            first_M = of_rows(max_smem[0])
             weights, second_M, here_M = publish(s_MK, tile, first_M)
             sum_MR = meet(weight_smem.at[0], 0, jnp.exp2(before_M - first_M), sum_MR)
             sum_MR = meet(weights, 1, jnp.exp2(first_M - second_M), sum_MR)
             return sum_MR, second_M, total_M * jnp.exp2(before_M - second_M) + here_M
 
-        def filled(value):
-            return cast(jnp.full((ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-
-        start = cast(jnp.zeros((ROWS, R // 2), jnp.float32), plgpu.Layout.WGMMA), filled(_LEAST), filled(0.0)
+        least_M, zero_M = (of_rows(jnp.full((ROWS,), value, jnp.float32)) for value in (_LEAST, 0.0))
+        start = cast(jnp.zeros((ROWS, R // 2), jnp.float32), plgpu.Layout.WGMMA), least_M, zero_M
         sum_MR, largest_M, total_M = jax.lax.fori_loop(0, pairs, pair, start)
         sum_smem[w] = total_M
         plgpu.barrier_arrive(finished)
         plgpu.barrier_wait(finished)
-        total_M = jnp.maximum(total_M + rows(sum_smem, 1 - w), 1e-30)
+        total_M = jnp.maximum(total_M + of_rows(sum_smem[1 - w]), 1e-30)
         o_ref[part, unit, :, halves[w]] = (sum_MR / across(total_M, sum_MR)).astype(o_ref.dtype)
         if w == 0:
             lse_ref[part, unit] = largest_M * math.log(2) + jnp.log(total_M)
@@ -277,9 +270,7 @@ def paged_latent_attention(
         raise ValueError("de-quantisation is not part of this kernel")
     (B, T, N, C), (_, page, width), P, R = q_BTNC.shape, pages.shape, page_table_BP.shape[1], value_dim
     blocks = -(-T * N // ROWS)
-    q_BMC = jnp.pad(
-        q_BTNC.reshape(B, T * N, C), ((0, 0), (0, blocks * ROWS - T * N), (0, R + ROPE - C))
-    )
+    q_BMC = jnp.pad(q_BTNC.reshape(B, T * N, C), ((0, 0), (0, blocks * ROWS - T * N), (0, R + ROPE - C)))
     # Blocks of at most KEYS positions, in the order of the positions, to a whole number of pairs of tiles.
     size = min(page, KEYS)
     pairs = -(-P * page // (2 * KEYS))

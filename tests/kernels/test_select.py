@@ -92,8 +92,11 @@ def test_a_named_one_runs_or_raises_with_its_reason():
 NOT_ON = {
     ("flash_attention", "tpu"): "a TPU kernel, not for",
     ("latent_attention", "tpu"): "a TPU kernel, not for",
+    ("latent_attention", "gpu"): "a Hopper kernel",
     ("paged_latent_attention", "tpu"): "a TPU kernel, not for",
+    ("paged_latent_attention", "gpu"): "a Hopper kernel",
     ("grouped_matmul", "tpu"): "a TPU kernel, not for",
+    ("grouped_matmul", "gpu"): "a Hopper kernel",
     ("token_dispatch", "tpu"): "phrased for the TPU compiler, not for",
 }
 

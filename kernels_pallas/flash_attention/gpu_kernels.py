@@ -1,0 +1,398 @@
+"""Causal attention on Hopper, forward and backward: one warpgroup loads tiles by TMA, two multiply and exponentiate.
+
+Arrays keep the layout of the model, [batch, token, head, width]; the tokens are whole BLOCKs. A program owns a block:
+each of its two computing warpgroups keeps the float32 sums of ROWS rows in registers, and meets the tiles of the other
+side one after another, from the diagonal on. Softmax is in powers of two: `log_sum` is to base 2.
+
+`segments` is () or (segments_BT, far_BI, near_BI): of the blocks of the other side that causality leaves to block i, those
+nearer to the diagonal than `near` are of its one document, those from there to `far` need a mask, and it sees none
+farther. Both count blocks, the diagonal's included, so that 1 <= near <= far.
+"""
+
+import functools
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.sharded import kernel_output
+
+ROWS = 64  # of a warpgroup, and of a tile in the backward passes, whose sums fill the registers
+BLOCK = 2 * ROWS  # of a program, and of a tile in the forward pass
+STAGES, BACKWARD_STAGES = 2, 3  # tiles in shared memory at once
+LOADER = 2  # the warpgroup that computes nothing
+LOG2_E = math.log2(math.e)
+
+
+def _product(a_ref, b_ref, interpret, after=lambda: None):
+    """a b^T in float32; `after` is called between issuing it and waiting for it."""
+    if interpret:  # the interpreter of JAX 0.10.2 has no transposed references
+        after()
+        return jnp.dot(a_ref[...], b_ref[...].T, preferred_element_type=jnp.float32)
+
+    def compute(sum_ref):
+        plgpu.wgmma(sum_ref, a_ref, b_ref.transpose((1, 0)))
+        after()
+        return sum_ref[...]
+
+    return pl.run_scoped(compute, plgpu.ACC((a_ref.shape[0], b_ref.shape[0]), jnp.float32))
+
+
+def _add_product(total, a, b_ref, interpret):
+    """total + a b, `a` in registers."""
+    if interpret:  # nor has it accumulators that start from a value
+        return total + jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
+    return pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, a, b_ref))(plgpu.ACC.init(total))
+
+
+def _of_rows(x, shape):
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def _of_columns(x, shape):
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def _hide(x, hidden, lead, query_axis, segments):
+    """`x` of rows and columns, `hidden` where a query must not see the key.
+
+    Args:
+      lead: by how much the first query is later than the first key; None: no key is later than a query.
+      segments: (of the rows, of the columns), or () where there is but one.
+    """
+    seen = True
+    if lead is not None:
+        query = lead + lax.broadcasted_iota(jnp.int32, x.shape, query_axis)
+        seen = query >= lax.broadcasted_iota(jnp.int32, x.shape, 1 - query_axis)
+    if segments:
+        seen &= _of_rows(segments[0], x.shape) == _of_columns(segments[1], x.shape)
+    return x if seen is True else jnp.where(seen, x, hidden)
+
+
+def _stream(steps, stages, *streams):
+    """Keeps `stages` tiles of each stream in flight.
+
+    Args:
+      streams: (full, free, copies): barriers of each stage, and step -> pairs of a source and the buffer of all stages.
+    """
+
+    @pl.loop(0, steps + stages)  # at the end it sees every tile released
+    def _(s):
+        stage = lax.rem(s, stages)
+        for full, free, copies in streams:
+            pl.when(s >= stages)(lambda: plgpu.barrier_wait(free.at[stage]))
+
+            @pl.when(s < steps)
+            def _():
+                for source, buffer in copies(s):
+                    plgpu.copy_gmem_to_smem(source, buffer.at[stage], full.at[stage])
+
+
+def _load_rows(barrier, *copies):
+    for source, buffer in copies:
+        plgpu.copy_gmem_to_smem(source, buffer, barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def _over_tiles(step, carry, tiles, near, far, first=0):
+    """Runs step(s, carry, diagonal, mixed) from step `first`, which is on the diagonal, to those before `tiles` * `far`.
+
+    The ones before `tiles` * `near` hold one document, those after it may be `mixed`.
+    """
+    packed = far is not near
+    carry = step(first, carry, True, packed)
+    carry = lax.fori_loop(first + 1, tiles * near, lambda s, x: step(s, x, False, False), carry)
+    if not packed:
+        return carry
+    mixed = jnp.maximum(first + 1, tiles * near)
+    return lax.fori_loop(mixed, tiles * far, lambda s, x: step(s, x, False, True), carry)
+
+
+def _skip(first, full, free):
+    """Lets the tiles before the diagonal go by: half of a block's rows do not meet the other half's."""
+
+    @pl.when(first > 0)
+    def _():
+        plgpu.barrier_wait(full)
+        plgpu.barrier_arrive(free)
+
+
+def _call(kernel, out_type, scratch, grid, arguments, interpret):
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        grid=grid,
+        grid_names=("batch", "head", "block"),
+        num_threads=3,
+        thread_name="group",
+        interpret=interpret,
+    )(*arguments)
+
+
+def _place():
+    return (lax.axis_index(name) for name in ("batch", "head", "block", "group"))
+
+
+def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
+    """Returns o_BTNV and log_sum_BNT."""
+    (B, T, N, H), (K, V), dtype = q_BTNH.shape, v_BTKV.shape[2:], q_BTNH.dtype
+    blocks, extra = T // BLOCK, 1 if segments else 0
+
+    def kernel(q_ref, k_ref, v_ref, *refs):
+        *segment_refs, o_ref, log_sum_ref, q_smem, k_smem, v_smem, row_smem, column_smem, log_sum_smem = refs[:-6]
+        q_full, k_full, k_free, v_full, v_free, turn = refs[-6:]
+        b, n, i, group = _place()
+        i = blocks - 1 - i  # the longest first
+        kv_head = n // (N // K)
+        far, near = (ref[b, i] for ref in segment_refs[1:]) if segments else (i + 1,) * 2
+
+        def take_turns():
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
+
+        @pl.when(group == LOADER)
+        def _load():
+            plgpu.set_max_registers(24, action="decrease")
+
+            def keys(s):
+                place = pl.ds((i - s) * BLOCK, BLOCK)
+                marks = [(ref.at[b, place], column_smem) for ref in segment_refs[:1]]
+                return [(k_ref.at[b, place, kv_head], k_smem), *marks]
+
+            def values(s):
+                return [(v_ref.at[b, pl.ds((i - s) * BLOCK, BLOCK), kv_head], v_smem)]
+
+            _stream(far, STAGES, (k_full, k_free, keys), (v_full, v_free, values))
+
+        @pl.when(group != LOADER)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            first_row = i * BLOCK + group * ROWS
+            rows = pl.ds(first_row, ROWS)
+            marks = [(ref.at[b, rows], row_smem.at[group]) for ref in segment_refs[:1]]
+            _load_rows(q_full.at[group], (q_ref.at[b, rows, n], q_smem.at[group]), *marks)
+            pl.when(group == 1)(take_turns)
+
+            def step(s, carry, diagonal, mixed):
+                """One warpgroup multiplies while the other exponentiates."""
+                total, largest, weight = carry
+                stage = lax.rem(s, STAGES)
+                plgpu.barrier_wait(k_full.at[stage])
+                scores = _product(q_smem.at[group], k_smem.at[stage], interpret, take_turns)
+                marks = (row_smem[group], column_smem[stage]) if mixed else ()
+                scores = _hide(scores, -jnp.inf, group * ROWS if diagonal else None, 0, marks)
+                plgpu.barrier_arrive(k_free.at[stage])
+                new = jnp.maximum(largest, scores.max(axis=1) * (scale * LOG2_E))
+                p = jnp.exp2(scores * (scale * LOG2_E) - _of_rows(new, scores.shape))
+                shrink = jnp.exp2(largest - new)
+                weight = weight * shrink + p.sum(axis=1)
+                total *= _of_rows(shrink, total.shape)
+                p = p.astype(dtype)
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(v_full.at[stage])
+                plgpu.barrier_wait(turn)
+                total = _add_product(total, p, v_smem.at[stage], interpret)
+                plgpu.barrier_arrive(v_free.at[stage])
+                return total, new, weight
+
+            zeros = jnp.zeros((ROWS, V), jnp.float32), jnp.full((ROWS,), -jnp.inf), jnp.zeros((ROWS,), jnp.float32)
+            total, largest, weight = _over_tiles(step, zeros, 1, near, far)
+            pl.when(group == 0)(take_turns)
+            o_ref[b, rows, n] = (total / _of_rows(weight, total.shape)).astype(dtype)
+            log_sum_smem[group] = largest + jnp.log(weight) * LOG2_E
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(log_sum_smem.at[group], log_sum_ref.at[b, n, rows])
+            plgpu.wait_smem_to_gmem(0)
+
+    inputs = q_BTNH, k_BTKH, v_BTKV
+    out_type = kernel_output((B, T, N, V), dtype, *inputs), kernel_output((B, N, T), jnp.float32, *inputs)
+    scratch = [
+        plgpu.SMEM((2, ROWS, H), dtype),
+        plgpu.SMEM((STAGES, BLOCK, H), dtype),
+        plgpu.SMEM((STAGES, BLOCK, V), dtype),
+        plgpu.SMEM((2, ROWS), jnp.int32),
+        plgpu.SMEM((STAGES, BLOCK), jnp.int32),
+        plgpu.SMEM((2, ROWS), jnp.float32),
+        plgpu.Barrier(num_barriers=2, num_arrivals=1 + extra),
+        plgpu.Barrier(num_barriers=STAGES, num_arrivals=1 + extra),
+        plgpu.Barrier(num_barriers=STAGES, num_arrivals=2),
+        plgpu.Barrier(num_barriers=STAGES),
+        plgpu.Barrier(num_barriers=STAGES, num_arrivals=2),
+        plgpu.Barrier(num_arrivals=2),
+    ]
+    return _call(kernel, out_type, scratch, (B, N, blocks), (*inputs, *segments), interpret)
+
+
+def gradient_of_queries(q_BTNH, k_BTKH, v_BTKV, do_BTNV, log_sum_BNT, delta_BNT, segments, scale, interpret=False):
+    """dq = scale ds k, where ds = p (do v^T - delta), p = 2^(scale log2(e) q k^T - log_sum)."""
+    (B, T, N, H), (K, V), dtype = q_BTNH.shape, v_BTKV.shape[2:], q_BTNH.dtype
+    blocks, extra = T // BLOCK, 1 if segments else 0
+
+    def kernel(q_ref, k_ref, v_ref, do_ref, log_sum_ref, delta_ref, *refs):
+        *segment_refs, dq_ref, q_smem, do_smem, k_smem, v_smem, log_sum_smem, delta_smem, row_smem, column_smem = refs[:-3]
+        rows_full, full, free = refs[-3:]
+        b, n, i, group = _place()
+        i = blocks - 1 - i  # the longest first
+        kv_head = n // (N // K)
+        far, near = (ref[b, i] for ref in segment_refs[1:]) if segments else (i + 1,) * 2
+
+        def first_key(s):
+            return (i + 1) * BLOCK - (s + 1) * ROWS
+
+        @pl.when(group == LOADER)
+        def _load():
+            plgpu.set_max_registers(24, action="decrease")
+
+            def keys(s):
+                place = pl.ds(first_key(s), ROWS)
+                marks = [(ref.at[b, place], column_smem) for ref in segment_refs[:1]]
+                return [(k_ref.at[b, place, kv_head], k_smem), (v_ref.at[b, place, kv_head], v_smem), *marks]
+
+            _stream(2 * far, BACKWARD_STAGES, (full, free, keys))
+
+        @pl.when(group != LOADER)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            first_row = i * BLOCK + group * ROWS
+            rows = pl.ds(first_row, ROWS)
+            _load_rows(
+                rows_full.at[group],
+                (q_ref.at[b, rows, n], q_smem.at[group]),
+                (do_ref.at[b, rows, n], do_smem.at[group]),
+                (log_sum_ref.at[b, n, rows], log_sum_smem.at[group]),
+                (delta_ref.at[b, n, rows], delta_smem.at[group]),
+                *((ref.at[b, rows], row_smem.at[group]) for ref in segment_refs[:1]),
+            )
+            log_sum, delta = log_sum_smem[group], delta_smem[group]
+
+            def step(s, dq, diagonal, mixed):
+                stage = lax.rem(s, BACKWARD_STAGES)
+                plgpu.barrier_wait(full.at[stage])
+                scores = _product(q_smem.at[group], k_smem.at[stage], interpret)
+                p = jnp.exp2(scores * (scale * LOG2_E) - _of_rows(log_sum, scores.shape))
+                marks = (row_smem[group], column_smem[stage]) if mixed else ()
+                p = _hide(p, 0.0, 0 if diagonal else None, 0, marks)
+                dp = _product(do_smem.at[group], v_smem.at[stage], interpret)
+                ds = (p * (dp - _of_rows(delta, p.shape))).astype(dtype)
+                dq = _add_product(dq, ds, k_smem.at[stage], interpret)
+                plgpu.barrier_arrive(free.at[stage])
+                return dq
+
+            _skip(1 - group, full.at[0], free.at[0])
+            dq = _over_tiles(step, jnp.zeros((ROWS, H), jnp.float32), 2, near, far, 1 - group)
+            q_smem[group] = (dq * scale).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_smem.at[group], dq_ref.at[b, rows, n])
+            plgpu.wait_smem_to_gmem(0)
+
+    inputs = q_BTNH, k_BTKH, v_BTKV, do_BTNV, log_sum_BNT, delta_BNT
+    scratch = [
+        plgpu.SMEM((2, ROWS, H), dtype),
+        plgpu.SMEM((2, ROWS, V), dtype),
+        plgpu.SMEM((BACKWARD_STAGES, ROWS, H), dtype),
+        plgpu.SMEM((BACKWARD_STAGES, ROWS, V), dtype),
+        plgpu.SMEM((2, ROWS), jnp.float32),
+        plgpu.SMEM((2, ROWS), jnp.float32),
+        plgpu.SMEM((2, ROWS), jnp.int32),
+        plgpu.SMEM((BACKWARD_STAGES, ROWS), jnp.int32),
+        plgpu.Barrier(num_barriers=2, num_arrivals=4 + extra),
+        plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=2 + extra),
+        plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=2),
+    ]
+    out_type = kernel_output(q_BTNH.shape, dtype, *inputs)
+    return _call(kernel, out_type, scratch, (B, N, blocks), (*inputs, *segments), interpret)
+
+
+def gradients_of_keys(q_BTNH, k_BTKH, v_BTKV, do_BTNV, log_sum_BNT, delta_BNT, segments, scale, interpret=False):
+    """dk = scale ds^T q and dv = p^T do, summed over the query heads of a key head; ds and p as above."""
+    (B, T, N, H), (K, V), dtype = q_BTNH.shape, v_BTKV.shape[2:], q_BTNH.dtype
+    heads, extra = N // K, 1 if segments else 0
+
+    def kernel(q_ref, k_ref, v_ref, do_ref, log_sum_ref, delta_ref, *refs):
+        *segment_refs, dk_ref, dv_ref, k_smem, v_smem, q_smem, do_smem = refs[:-7]
+        log_sum_smem, delta_smem, row_smem, column_smem, rows_full, full, free = refs[-7:]
+        b, kv_head, j, group = _place()
+        far, near = (ref[b, j] for ref in segment_refs[1:]) if segments else (T // BLOCK - j,) * 2
+        tiles = 2 * far  # of a head
+
+        @pl.when(group == LOADER)
+        def _load():
+            plgpu.set_max_registers(24, action="decrease")
+
+            def queries(s):
+                g = lax.div(s, tiles)
+                place, n = pl.ds(j * BLOCK + (s - g * tiles) * ROWS, ROWS), kv_head * heads + g
+                return [
+                    (q_ref.at[b, place, n], q_smem),
+                    (do_ref.at[b, place, n], do_smem),
+                    (log_sum_ref.at[b, n, place], log_sum_smem),
+                    (delta_ref.at[b, n, place], delta_smem),
+                    *((ref.at[b, place], column_smem) for ref in segment_refs[:1]),
+                ]
+
+            _stream(heads * tiles, BACKWARD_STAGES, (full, free, queries))
+
+        @pl.when(group != LOADER)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            first_row = j * BLOCK + group * ROWS
+            rows = pl.ds(first_row, ROWS)
+            _load_rows(
+                rows_full.at[group],
+                (k_ref.at[b, rows, kv_head], k_smem.at[group]),
+                (v_ref.at[b, rows, kv_head], v_smem.at[group]),
+                *((ref.at[b, rows], row_smem.at[group]) for ref in segment_refs[:1]),
+            )
+
+            def head(g, carry):
+                def step(s, carry, diagonal, mixed):
+                    dk, dv = carry
+                    stage = lax.rem(g * tiles + s, BACKWARD_STAGES)
+                    plgpu.barrier_wait(full.at[stage])
+                    scores = _product(k_smem.at[group], q_smem.at[stage], interpret)
+                    marks = (row_smem[group], column_smem[stage]) if mixed else ()
+                    scores = _hide(scores, -jnp.inf, 0 if diagonal else None, 1, marks)
+                    p = jnp.exp2(scores * (scale * LOG2_E) - _of_columns(log_sum_smem[stage], scores.shape))
+                    p = p.astype(dtype)  # half the registers, of which there are just enough
+                    dv = _add_product(dv, p, do_smem.at[stage], interpret)
+                    dp = _product(v_smem.at[group], do_smem.at[stage], interpret)
+                    ds = (p.astype(jnp.float32) * (dp - _of_columns(delta_smem[stage], p.shape))).astype(dtype)
+                    dk = _add_product(dk, ds, q_smem.at[stage], interpret)
+                    plgpu.barrier_arrive(free.at[stage])
+                    return dk, dv
+
+                stage = lax.rem(g * tiles, BACKWARD_STAGES)
+                _skip(group, full.at[stage], free.at[stage])
+                return _over_tiles(step, carry, 2, near, far, group)
+
+            zeros = jnp.zeros((ROWS, H), jnp.float32), jnp.zeros((ROWS, V), jnp.float32)
+            dk, dv = head(jnp.int32(0), zeros) if heads == 1 else lax.fori_loop(0, heads, head, zeros)
+            k_smem[group] = (dk * scale).astype(dtype)
+            v_smem[group] = dv.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(k_smem.at[group], dk_ref.at[b, rows, kv_head])
+            plgpu.copy_smem_to_gmem(v_smem.at[group], dv_ref.at[b, rows, kv_head])
+            plgpu.wait_smem_to_gmem(0)
+
+    inputs = q_BTNH, k_BTKH, v_BTKV, do_BTNV, log_sum_BNT, delta_BNT
+    scratch = [
+        plgpu.SMEM((2, ROWS, H), dtype),
+        plgpu.SMEM((2, ROWS, V), dtype),
+        plgpu.SMEM((BACKWARD_STAGES, ROWS, H), dtype),
+        plgpu.SMEM((BACKWARD_STAGES, ROWS, V), dtype),
+        plgpu.SMEM((BACKWARD_STAGES, ROWS), jnp.float32),
+        plgpu.SMEM((BACKWARD_STAGES, ROWS), jnp.float32),
+        plgpu.SMEM((2, ROWS), jnp.int32),
+        plgpu.SMEM((BACKWARD_STAGES, ROWS), jnp.int32),
+        plgpu.Barrier(num_barriers=2, num_arrivals=2 + extra),
+        plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=4 + extra),
+        plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=2),
+    ]
+    out_type = kernel_output(k_BTKH.shape, dtype, *inputs), kernel_output(v_BTKV.shape, dtype, *inputs)
+    return _call(kernel, out_type, scratch, (B, K, T // BLOCK), (*inputs, *segments), interpret)

@@ -26,3 +26,13 @@ def multiprocessors() -> int:
     if device := jax.sharding.get_abstract_mesh().abstract_device:
         return device.num_cores if device.platform == "gpu" else 1
     return getattr(jax.local_devices()[0], "core_count", 1)
+
+
+def varying_as(inputs, *outputs: jax.Array) -> list[jax.Array]:
+    """The outputs of `plgpu.kernel`, which inside shard_map are taken to be alike on all devices; an input may not."""
+
+    def axes(x):
+        return jax.typeof(x).manual_axis_type.varying
+
+    varying = frozenset().union(*map(axes, inputs))
+    return [jax.lax.pcast(y, tuple(varying - axes(y)), to="varying") if varying - axes(y) else y for y in outputs]

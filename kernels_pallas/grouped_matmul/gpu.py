@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import swiglu
-from kernels_pallas.mosaic_gpu import WARPGROUP, multiprocessors, not_hopper
+from kernels_pallas.mosaic_gpu import WARPGROUP, multiprocessors, not_hopper, varying_as
 from kernels_pallas.select import Target
-from kernels_pallas.sharded import free_axes, kernel_output
+from kernels_pallas.sharded import free_axes
 from kernels_pallas.tiles import TileLayout
 
 UNIT = 64  # rows of a wgmma
@@ -166,9 +166,9 @@ def _run(total, work: Callable, ready, free, accumulators: list[tuple[int, int]]
         plgpu.wait_smem_to_gmem(0)
 
 
-def _write(values, outs, rows, first, staging) -> None:
+def _write(values, outs, rows, first, staging, wg) -> None:
     """Writes each of `values` [UNIT, n], in chunks, to the rows of its `out` from column `first` on."""
-    wg, chunk = lax.axis_index("wg"), staging.shape[-1]
+    chunk = staging.shape[-1]
     chunks = [(v, out, column) for v, out in zip(values, outs) for column in range(0, v.shape[1], chunk)]
 
     def write(value, out, column, slot):
@@ -213,12 +213,12 @@ def _kernel(body, out_type, name, interpret, copies, **scratch):
     )
 
 
-def _output(shape, interpret, *inputs):
+def _output(shape, interpret):
     """Type of a result of bfloat16. The interpreter drops a write that TMA would clip: it gets room for all of it."""
     *lead, rows, columns = shape
     if interpret:
         rows, columns = pl.cdiv(rows, UNIT) * UNIT, pl.cdiv(columns, CHUNK) * CHUNK
-    return kernel_output((*lead, rows, columns), jnp.bfloat16, *inputs)
+    return jax.ShapeDtypeStruct((*lead, rows, columns), jnp.bfloat16)
 
 
 def _transposed(ref, flipped):
@@ -227,6 +227,7 @@ def _transposed(ref, flipped):
         return ref.transpose((1, 0))
     flipped = flipped.at[lax.axis_index("wg")]
     flipped[...] = ref[...].T
+    plgpu.commit_smem()
     return flipped
 
 
@@ -295,7 +296,7 @@ def _rows(xs, ws, layout, epilogue, outputs, interpret, transposed=False, scales
                     of = (_read(s_ref, (e, pl.ds(here, width)), interpret) for s_ref in scale_refs)
                     sums = [s * lax.broadcast_in_dim(f, s.shape, (1,)) for s, f in zip(sums, of)]
                 row = first * UNIT if scales else (first + wg) * UNIT
-                _write(epilogue(*sums), refs[-outputs:], pl.ds(row, UNIT), here, staging)
+                _write(epilogue(*sums), refs[-outputs:], pl.ds(row, UNIT), here, staging, wg)
 
             steps = jnp.where(is_live, depth_steps * (len(ws) // products), 0)
             return Work(steps, (size > 0) if scales else wg < size, load, multiply, finish)
@@ -312,9 +313,9 @@ def _rows(xs, ws, layout, epilogue, outputs, interpret, transposed=False, scales
         scales = [jnp.pad(s.astype(jnp.float32), ((0, 0), (0, across * columns - N))) for s in scales]
     if interpret and transposed:
         scratch["flipped"] = plgpu.SMEM((CONSUMERS, DEPTH, columns), jnp.bfloat16)
-    out = [_output((G, N), interpret, *xs, *ws)] * outputs
+    out = [_output((G, N), interpret)] * outputs
     kernel = _kernel(body, out, "grouped_rows", interpret, 1 + products, **scratch)
-    return [y[:, :N] for y in kernel(*_blocks(layout, E, units), *xs, *ws, *scales)]
+    return [y[:, :N] for y in varying_as((*xs, *ws), *kernel(*_blocks(layout, E, units), *xs, *ws, *scales))]
 
 
 def _read(ref, index, interpret):
@@ -355,7 +356,7 @@ def _weights(x_GD, dy_GF, layout, experts, interpret):
                 plgpu.wgmma(sums[0], _transposed(x, flipped), b.at[stage])
 
             def finish(total):
-                _write([total], [dw_ref.at[e]], pl.ds(row, UNIT), f * COLUMNS, staging)
+                _write([total], [dw_ref.at[e]], pl.ds(row, UNIT), f * COLUMNS, staging, wg)
 
             return Work(units_ref[e], row < D, load, multiply, finish)
 
@@ -367,8 +368,9 @@ def _weights(x_GD, dy_GF, layout, experts, interpret):
     }
     if interpret:
         scratch["flipped"] = plgpu.SMEM((CONSUMERS, UNIT, UNIT), jnp.bfloat16)
-    out = _output((experts, D, F), interpret, x_GD, dy_GF)
-    return _kernel(body, out, "grouped_weights", interpret, 2, **scratch)(first_E, units_E, x_GD, dy_GF)[:, :D, :F]
+    kernel = _kernel(body, _output((experts, D, F), interpret), "grouped_weights", interpret, 2, **scratch)
+    (dw_EDF,) = varying_as((x_GD, dy_GF), kernel(first_E, units_E, x_GD, dy_GF))
+    return dw_EDF[:, :D, :F]
 
 
 # --- the op -----------------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ A block of the grid has 64 rows (queries x heads of one sequence) and meets its 
 scores are computed once, by warpgroup i % 2, which takes the softmax over them and hands weights and row maxima to the
 other through shared memory; both then add the tile's values, each to its half of the output's columns, so that one's
 softmax hides under the other's products. A third warpgroup copies: the rotary part of a tile and the two halves of its
-latents arrive and are released on their own. Split over the keys, each part leaves its log-sum-exp, and the parts
-are combined after.
+latents arrive and are released on their own. Quantised pages it reads itself, ahead, and leaves as bfloat16: the tiles
+fill shared memory. Split over the keys, each part leaves its log-sum-exp, and the parts are combined after.
 """
 
 import functools
@@ -22,9 +22,11 @@ from kernels_pallas.sharded import free_axes, kernel_output, over_mesh
 
 ROWS = KEYS = ROPE = 64  # rows of a block; keys of a tile; lanes of the rotary part, zeros beyond its width
 SHARED_MEMORY = 227 << 10  # bytes of a block
+CHUNK = 128  # lanes that are de-quantised at once
 PART_PAIRS = 2  # what reading the queries, writing a part's float32 sums and combining them costs, in pairs of tiles
 _HIDDEN, _LEAST = -1e30, -1e20  # of a score, and of a maximum, so that a row that sees nothing yet has weights of 0
-_COPY_REGISTERS, _COMPUTE_REGISTERS = 40, 232
+_REGISTERS = (40, 232), (80, 216)  # of a thread that copies, and that computes; the second where it de-quantises
+_NO_INDEX = (None,) if jax.__version_info__ < (0, 11) else ()  # of plgpu.load, where the reference is indexed before
 _ROPE, _HALF = 0, 1  # barriers of a tile: of the rotary part, then of each half of the latents
 
 
@@ -33,9 +35,11 @@ def unsupported_paged(target: Target, q_BTNC, pages, page_table_BP, offset_B, va
         return reason
     if free_axes():
         return "the pages lie on several devices: call it inside jax.shard_map"
-    if scales is not None:
-        return f"pages of {pages.dtype}: the bfloat16 tiles fill shared memory, none is left to de-quantise from"
-    return _unfit(q_BTNC, pages.shape[1], pages.shape[2], pages.dtype, value_dim)
+    if scales is None:
+        return _unfit(q_BTNC, pages.shape[1], pages.shape[2], pages.dtype, value_dim)
+    if pages.dtype not in (jnp.int8, jnp.float8_e4m3fn) or pages.shape[1] % KEYS:
+        return f"pages of {pages.shape[1]} {pages.dtype}: must be multiples of {KEYS} int8 or float8_e4m3fn"
+    return _unfit(q_BTNC, pages.shape[1], pages.shape[2], jnp.dtype(jnp.bfloat16), value_dim)
 
 
 def unsupported(target: Target, q_BTNC, cache_BSC, offset_B, value_dim, scale) -> str | None:
@@ -54,6 +58,8 @@ def _unfit(q_BTNC, page: int, width: int, dtype, value_dim: int) -> str | None:
         return f"value width {value_dim} is no multiple of 128"
     if not 0 < q_BTNC.shape[-1] - value_dim <= ROPE or width < value_dim + ROPE:
         return f"beside the {value_dim} values, entries of {width} do not hold a rotary part padded to {ROPE} lanes"
+    if width % 8:
+        return f"entries of {width} are no multiple of 8 lanes, which the strides of TMA must be"
     if (needed := _shared_memory(value_dim)) > SHARED_MEMORY:
         return f"value width {value_dim} takes {needed} bytes of shared memory, above {SHARED_MEMORY}"
     return None
@@ -94,60 +100,29 @@ def _kernel(
     block_ref,
     q_ref,
     pages_ref,
-    o_ref,
-    lse_ref,
-    q_smem,
-    weight_smem,
-    latent_smem,
-    rope_smem,
-    max_smem,
-    sum_smem,
-    q_loaded,
-    loaded,
-    consumed,
-    published,
-    finished,
-    *,
+    *refs,
     heads,
     blocks,
     scale,
     interpret,
 ):
+    *scales_ref, o_ref, lse_ref, q_smem, weight_smem, latent_smem, rope_smem, max_smem, sum_smem = refs[:-5]
+    q_loaded, loaded, consumed, published, finished = refs[-5:]
     part, unit, group = (jax.lax.axis_index(name) for name in ("part", "unit", "group"))
     first, pairs = first_ref[part, unit], pairs_ref[part, unit]
     sequence = jax.lax.div(unit, jnp.int32(blocks))
     R = q_smem.shape[2]
     copies = KEYS // pages_ref.shape[1]
     halves = [pl.ds(w * (R // 2), R // 2) for w in range(2)]
-
-    @pl.when(group == 2)
-    def _():
-        plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
-        plgpu.copy_gmem_to_smem(q_ref.at[unit, :, pl.ds(0, R)], q_smem.at[0], q_loaded)
-        # The rotary query stands in the second tile of weights until both warpgroups hold it in registers.
-        plgpu.copy_gmem_to_smem(q_ref.at[unit, :, pl.ds(R, ROPE)], weight_smem.at[1], q_loaded)
-
-        def pair(j, _):
-            for slot in range(2):
-                tile = 2 * (first + j) + slot
-                sources = [block_ref[sequence, tile * copies + i] for i in range(copies)]
-                for k, columns in enumerate((pl.ds(R, ROPE), *halves)):
-                    pl.when(j > 0)(functools.partial(plgpu.barrier_wait, consumed.at[3 * slot + k]))
-                    for i, source in enumerate(sources):
-                        keys = pl.ds(i * (KEYS // copies), KEYS // copies)
-                        target = rope_smem.at[slot, keys] if k == _ROPE else latent_smem.at[slot, k - _HALF, keys]
-                        plgpu.copy_gmem_to_smem(pages_ref.at[source, :, columns], target, loaded.at[3 * slot + k])
-            return 0
-
-        jax.lax.fori_loop(0, pairs, pair, 0)
-
-        @pl.when(pairs > 0)
-        def _():
-            for k in range(6):
-                plgpu.barrier_wait(consumed.at[k])
+    parts = [pl.ds(R, ROPE), *halves]
+    copying, computing = _REGISTERS[bool(scales_ref)]
 
     def cast(x, layout):
         return x if interpret else plgpu.layout_cast(x, layout)  # the interpreter of JAX 0.10 has no layouts
+
+    def read(ref, layout):
+        """From global memory; a plain index, which the interpreter of JAX 0.10 asks for, takes no layout."""
+        return ref[...] if interpret else plgpu.load(ref, *_NO_INDEX, layout=layout, optimized=False)
 
     def of_rows(x_M):
         return cast(x_M, plgpu.Layout.WGMMA.reduce(1))
@@ -158,6 +133,80 @@ def _kernel(
 
     def across(x_M, like):
         return jax.lax.broadcast_in_dim(x_M, like.shape, [0])
+
+    @pl.when(group == 2)
+    def _():
+        plgpu.set_max_registers(copying, action="decrease")
+        plgpu.copy_gmem_to_smem(q_ref.at[unit, :, pl.ds(0, R)], q_smem.at[0], q_loaded)
+        # The rotary query stands in the second tile of weights until both warpgroups hold it in registers.
+        plgpu.copy_gmem_to_smem(q_ref.at[unit, :, pl.ds(R, ROPE)], weight_smem.at[1], q_loaded)
+
+        def released(j, slot, k):
+            pl.when(j > 0)(functools.partial(plgpu.barrier_wait, consumed.at[3 * slot + k]))
+
+        def copied(j, slot, k):
+            """Part k of the pair's tile `slot` from its blocks."""
+            released(j, slot, k)
+            for i in range(copies):
+                source = block_ref[sequence, (2 * (first + j) + slot) * copies + i]
+                rows = pl.ds(i * (KEYS // copies), KEYS // copies)
+                target = rope_smem.at[slot, rows] if k == _ROPE else latent_smem.at[slot, k - _HALF, rows]
+                plgpu.copy_gmem_to_smem(pages_ref.at[source, :, parts[k]], target, loaded.at[3 * slot + k])
+
+        def layout(columns):
+            return plgpu.Layout.SMEM_GMEM_COPY((KEYS, columns.size), jnp.bfloat16, 128)
+
+        def fetched(j, slot, k, columns):
+            """Columns of part k as values, not yet multiplied, and their scales."""
+            source, inside = block_ref[sequence, 2 * (first + j) + slot], jnp.int32(scales_ref[0].shape[2])
+            place = jax.lax.div(source, inside), int(k == _ROPE), jax.lax.rem(source, inside)
+            scale_K = read(scales_ref[0].at[place], layout(columns).reduce(1))
+            return read(pages_ref.at[source, :, columns], layout(columns)), scale_K
+
+        def dequantised(j, slot, k, columns, values, scale_K):
+            values = values.astype(jnp.bfloat16 if values.dtype == jnp.int8 else jnp.float16).astype(jnp.float32)
+            values = (values * cast(across(scale_K, values), layout(columns))).astype(jnp.bfloat16)
+            at = columns.start - parts[k].start
+            if at == 0:
+                released(j, slot, k)
+            if k == _ROPE:
+                rope_smem[slot] = values
+            else:
+                latent_smem[slot, k - _HALF, :, pl.ds(at, columns.size)] = values
+            if at + columns.size == parts[k].size:
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(loaded.at[3 * slot + k])
+
+        def copy_pair(j, _):
+            for slot in range(2):
+                for k in range(3):
+                    copied(j, slot, k)
+            return 0
+
+        def dequantise_pair(j, ahead):
+            following = jnp.minimum(j + 1, pairs - 1)
+            for i, piece in enumerate(pieces):
+                last = i + 1 == len(pieces)
+                here, ahead = ahead, fetched(following if last else j, *pieces[0 if last else i + 1])
+                dequantised(j, *piece, *here)
+            return ahead
+
+        width = math.gcd(R // 2, CHUNK)
+        pieces = [
+            (slot, k, pl.ds(at, min(width, part.size)))
+            for slot in range(2)
+            for k, part in enumerate(parts)
+            for at in range(part.start, part.start + part.size, width)
+        ]
+        if scales_ref:
+            jax.lax.fori_loop(0, pairs, dequantise_pair, fetched(0, *pieces[0]))
+        else:
+            jax.lax.fori_loop(0, pairs, copy_pair, 0)
+
+        @pl.when(pairs > 0)
+        def _():
+            for k in range(6):
+                plgpu.barrier_wait(consumed.at[k])
 
     def loaded_operand(a):
         """For the interpreter only; its loads count as the tensor cores' where `commit_smem` follows them."""
@@ -181,7 +230,7 @@ def _kernel(
 
     def compute(w):
         """Warpgroup w: scores of tiles w, w + 2, ...; half w of the output."""
-        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(computing, action="increase")
         plgpu.barrier_wait(q_loaded)
         rope_q = weight_smem[1]
         row = of_rows(jax.lax.broadcasted_iota(jnp.int32, (ROWS,), 0))
@@ -266,8 +315,6 @@ def paged_latent_attention(
     q_BTNC, pages, page_table_BP, offset_B, value_dim, scale, scales=None, splits=None, interpret=False
 ):
     """`splits`: parts of the keys; None: as many as fill the cores."""
-    if scales is not None:
-        raise ValueError("de-quantisation is not part of this kernel")
     (B, T, N, C), (_, page, width), P, R = q_BTNC.shape, pages.shape, page_table_BP.shape[1], value_dim
     blocks = -(-T * N // ROWS)
     q_BMC = jnp.pad(q_BTNC.reshape(B, T * N, C), ((0, 0), (0, blocks * ROWS - T * N), (0, R + ROPE - C)))
@@ -303,7 +350,7 @@ def paged_latent_attention(
             plgpu.SMEM((2, ROWS), jnp.float32),
             plgpu.SMEM((2, ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=KEYS // size, num_barriers=6),
+            plgpu.Barrier(num_arrivals=KEYS // size, num_barriers=6),  # one for each copy
             plgpu.Barrier(num_barriers=6),
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_arrivals=2),
@@ -324,6 +371,7 @@ def paged_latent_attention(
         block_BX,
         q_BMC.reshape(U, ROWS, R + ROPE),
         pages.reshape(-1, size, width),
+        *([] if scales is None else [scales.reshape(-1, 2, page // size, size)]),
     )
     o_UMR = o_SUMR[0]
     if splits > 1:

@@ -66,14 +66,21 @@ def gpu_cases() -> dict[str, tuple]:
     """What `check_gpu` compiles: 4096 positions of V2 and Lite; pages that a tile spans, few sequences, one piece."""
     from kernels_pallas.latent_attention import api
 
-    def paged(heads, queries, batch, page, most):
+    def paged(heads, queries, batch, page, most, dtype=jnp.bfloat16):
+        count, pages = batch * 4096 // page, 4096 // page
+        scales = [] if dtype == jnp.bfloat16 else [jax.ShapeDtypeStruct((count, 2, page), jnp.float32)]
         arguments = (
             jax.ShapeDtypeStruct((batch, queries, heads, 576), jnp.bfloat16),
-            jax.ShapeDtypeStruct((batch * 4096 // page, page, 576), jnp.bfloat16),
-            jax.ShapeDtypeStruct((batch, 4096 // page), jnp.int32),
+            jax.ShapeDtypeStruct((count, page, 640 if scales else 576), dtype),
+            jax.ShapeDtypeStruct((batch, pages), jnp.int32),
             jax.ShapeDtypeStruct((batch,), jnp.int32),
+            *scales,
         )
-        attend = functools.partial(api.paged_latent_attention, value_dim=512, scale=0.1, implementation="gpu")
+
+        def attend(q_BTNC, pages, table_BP, offset_B, scales=None):
+            options = {"value_dim": 512, "scale": 0.1, "scales": scales, "implementation": "gpu"}
+            return api.paged_latent_attention(q_BTNC, pages, table_BP, offset_B, **options)
+
         return attend, arguments, most << 20
 
     _, (q, pages, _, offset), _ = paged(128, 1, 16, 4096, 0)
@@ -82,7 +89,9 @@ def gpu_cases() -> dict[str, tuple]:
         "v2": paged(128, 1, 128, 64, 1),
         "v2, 4 queries": paged(128, 4, 128, 64, 1),
         "v2 in one piece": (whole, (q, pages, offset), 17 << 20),
+        "v2 float8": paged(128, 1, 128, 128, 1, jnp.float8_e4m3fn),
         "lite": paged(16, 1, 128, 64, 20),
         "lite, 4 queries": paged(16, 4, 128, 64, 1),
         "lite, 8 sequences, pages of 16": paged(16, 1, 8, 16, 20),
+        "lite int8": paged(16, 1, 128, 128, 20, jnp.int8),
     }

@@ -23,9 +23,11 @@ CASES = {
     # pages that a tile spans, and a table that ends inside a pair of tiles
     "several queries": (Case(3, 5, (140,), 32, **SMALL), 1),
     "v2": (Case(128, 1, (193,), 64, value_dim=512, rope_dim=64, lanes=576), 1),
+    "int8": (Case(2, 1, (140,), 128, dtype="int8", **SMALL), 1),
     "ties": (Case(2, 1, (300,), 128, ties=True, value_dim=128, rope_dim=64, lanes=192), 1),
 }
 MORE = {
+    "float8": (Case(16, 2, (70, 333), 64, 512, 64, dtype="float8_e4m3fn"), 2),
     "lengths": (Case(8, 1, (1, 64, 131), 64, **SMALL), 2),
     "v2 lite, speculative": (Case(16, 4, (4, 200), 16, value_dim=512, rope_dim=64, lanes=640), 1),
     "very different lengths": (Case(3, 2, (2, 500), 8, **SMALL), 3),
@@ -44,7 +46,7 @@ def run(case, splits=1):
     arguments, options = make_case(case, "bfloat16")
     with gpu_interpreter() as interpret:
         attend = functools.partial(gpu.paged_latent_attention, splits=splits, interpret=interpret)
-        out = attend(*arguments, options["value_dim"], options["scale"])
+        out = attend(*arguments, options["value_dim"], options["scale"], options["scales"])
         jax.block_until_ready(out)
     return out
 
@@ -126,13 +128,19 @@ def paged(page=64, width=576, value_dim=512, C=576, dtype=jnp.bfloat16, pages=jn
     [
         (Target("cpu", "cpu"), paged(), "a Hopper kernel, not for cpu"),
         (A100, paged(), "not for NVIDIA A100"),
-        (H200, paged(pages=jnp.int8, scales=array(64, 2, 64)), "pages of int8: the bfloat16 tiles fill shared memory"),
+        (
+            H200,
+            paged(pages=jnp.int4, scales=array(64, 2, 64)),
+            "pages of 64 int4: must be multiples of 64 int8 or float8",
+        ),
+        (H200, paged(page=32, pages=jnp.int8, scales=array(64, 2, 32)), "pages of 32 int8: must be multiples of 64"),
         (H200, paged(dtype=jnp.float32), "queries of float32 and a cache of bfloat16: both must be bfloat16"),
         (H200, paged(page=96), "pages of 96 positions: must be 8, 16, 32 or a multiple of 64"),
         (H200, paged(page=4), "pages of 4 positions"),
         (H200, paged(value_dim=448), "value width 448 is no multiple of 128"),
         (H200, paged(width=560, C=544), "entries of 560 do not hold a rotary part padded to 64 lanes"),
         (H200, paged(width=640, C=640), "a rotary part"),
+        (H200, paged(width=580), "entries of 580 are no multiple of 8 lanes"),
         (H200, paged(value_dim=640, width=704, C=704), "value width 640 takes"),
     ],
 )
@@ -140,7 +148,15 @@ def test_what_does_not_run_says_why(target, arguments, reason):
     assert reason in gpu.unsupported_paged(target, *arguments)
 
 
-@pytest.mark.parametrize("arguments", [paged(), paged(page=16, width=640), paged(page=256, value_dim=128, C=144)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        paged(),
+        paged(page=16, width=640),
+        paged(page=256, value_dim=128, C=144),
+        paged(page=128, pages=jnp.float8_e4m3fn, scales=array(64, 2, 128)),
+    ],
+)
 def test_what_runs_says_nothing(arguments):
     assert gpu.unsupported_paged(H200, *arguments) is None
 

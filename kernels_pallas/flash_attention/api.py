@@ -2,10 +2,10 @@
 
 import jax
 
-from kernels_pallas.flash_attention import reference, tpu, xla
+from kernels_pallas.flash_attention import gpu, reference, tpu, xla
 from kernels_pallas.select import select
 
-IMPLEMENTATIONS = {"tpu": tpu, "xla": xla, "reference": reference}  # fastest first
+IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}  # fastest first
 
 
 def flash_attention(

@@ -4,19 +4,19 @@ Arrays keep the layout of the model, [batch, token, head, width]; the tokens are
 each of its two computing warpgroups keeps the float32 sums of ROWS rows in registers, and meets the tiles of the other
 side one after another, from the diagonal on. Softmax is in powers of two: `log_sum` is to base 2.
 
-`segments` is () or (segments_BT, far_BI, near_BI): of the blocks of the other side that causality leaves to block i, those
-nearer to the diagonal than `near` are of its one document, those from there to `far` need a mask, and it sees none
-farther. Both count blocks, the diagonal's included, so that 1 <= near <= far.
+`segments` is () or (segments_BT, far_BI, near_BI): block I meets those blocks of the other side whose distance from the
+diagonal is below `far`; below `near` they hold its one document, so that only the diagonal needs a mask.
 """
 
-import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.mosaic_gpu import WARPGROUP
 from kernels_pallas.sharded import kernel_output
 
 ROWS = 64  # of a warpgroup, and of a tile in the backward passes, whose sums fill the registers
@@ -26,25 +26,21 @@ LOADER = 2  # the warpgroup that computes nothing
 LOG2_E = math.log2(math.e)
 
 
-def _product(a_ref, b_ref, interpret, after=lambda: None):
-    """a b^T in float32; `after` is called between issuing it and waiting for it."""
-    if interpret:  # the interpreter of JAX 0.10.2 has no transposed references
+def _add_product(total, a, b_ref, interpret, transposed=False, after=lambda: None):
+    """total + a b or, `transposed`, total + a b^T; `a` lies in shared memory or in registers.
+
+    `after` is called between issuing the product and waiting for it.
+    """
+    if interpret:  # the interpreter of JAX 0.10.2 has neither accumulators with a value nor transposed references
         after()
-        return jnp.dot(a_ref[...], b_ref[...].T, preferred_element_type=jnp.float32)
+        a, b = (a if isinstance(a, jax.Array) else a[...]), b_ref[...]
+        return total + jnp.dot(a, b.T if transposed else b, preferred_element_type=jnp.float32)
 
     def compute(sum_ref):
-        plgpu.wgmma(sum_ref, a_ref, b_ref.transpose((1, 0)))
+        plgpu.wgmma(sum_ref, a, b_ref.transpose((1, 0)) if transposed else b_ref)
         after()
-        return sum_ref[...]
 
-    return pl.run_scoped(compute, plgpu.ACC((a_ref.shape[0], b_ref.shape[0]), jnp.float32))
-
-
-def _add_product(total, a, b_ref, interpret):
-    """total + a b, `a` in registers."""
-    if interpret:  # nor has it accumulators that start from a value
-        return total + jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
-    return pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, a, b_ref))(plgpu.ACC.init(total))
+    return pl.run_state(compute)(plgpu.ACC.init(total))
 
 
 def _of_rows(x, shape):
@@ -96,18 +92,19 @@ def _load_rows(barrier, *copies):
     plgpu.barrier_wait(barrier)
 
 
-def _over_tiles(step, carry, tiles, near, far, first=0):
+def _over_tiles(step, carry, tiles, far, near, first=0):
     """Runs step(s, carry, diagonal, mixed) from step `first`, which is on the diagonal, to those before `tiles` * `far`.
 
-    The ones before `tiles` * `near` hold one document, those after it may be `mixed`.
+    Those before `tiles` * `near` hold one document, the others may be `mixed`. near is far: there are no documents; None:
+    it is not known, and of two loops the registers suffice for one.
     """
-    packed = far is not near
+    packed, start = near is not far, first + 1
     carry = step(first, carry, True, packed)
-    carry = lax.fori_loop(first + 1, tiles * near, lambda s, x: step(s, x, False, False), carry)
-    if not packed:
-        return carry
-    mixed = jnp.maximum(first + 1, tiles * near)
-    return lax.fori_loop(mixed, tiles * far, lambda s, x: step(s, x, False, True), carry)
+    if near is not None:
+        whole = jnp.maximum(start, tiles * near)
+        carry = lax.fori_loop(start, whole, lambda s, carry: step(s, carry, False, False), carry)
+        start = whole
+    return lax.fori_loop(start, tiles * far, lambda s, carry: step(s, carry, False, True), carry) if packed else carry
 
 
 def _skip(first, full, free):
@@ -124,9 +121,7 @@ def _call(kernel, out_type, scratch, grid, arguments, interpret):
         kernel,
         out_type=out_type,
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        compiler_params=WARPGROUP.replace(approx_math=True),
         grid=grid,
         grid_names=("batch", "head", "block"),
         num_threads=3,
@@ -184,7 +179,8 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
                 total, largest, weight = carry
                 stage = lax.rem(s, STAGES)
                 plgpu.barrier_wait(k_full.at[stage])
-                scores = _product(q_smem.at[group], k_smem.at[stage], interpret, take_turns)
+                zeros = jnp.zeros((ROWS, BLOCK), jnp.float32)
+                scores = _add_product(zeros, q_smem.at[group], k_smem.at[stage], interpret, True, take_turns)
                 marks = (row_smem[group], column_smem[stage]) if mixed else ()
                 scores = _hide(scores, -jnp.inf, group * ROWS if diagonal else None, 0, marks)
                 plgpu.barrier_arrive(k_free.at[stage])
@@ -202,7 +198,7 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
                 return total, new, weight
 
             zeros = jnp.zeros((ROWS, V), jnp.float32), jnp.full((ROWS,), -jnp.inf), jnp.zeros((ROWS,), jnp.float32)
-            total, largest, weight = _over_tiles(step, zeros, 1, near, far)
+            total, largest, weight = _over_tiles(step, zeros, 1, far, near)
             pl.when(group == 0)(take_turns)
             o_ref[b, rows, n] = (total / _of_rows(weight, total.shape)).astype(dtype)
             log_sum_smem[group] = largest + jnp.log(weight) * LOG2_E
@@ -229,13 +225,13 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
     return _call(kernel, out_type, scratch, (B, N, blocks), (*inputs, *segments), interpret)
 
 
-def gradient_of_queries(q_BTNH, k_BTKH, v_BTKV, do_BTNV, log_sum_BNT, delta_BNT, segments, scale, interpret=False):
+def gradient_of_queries(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, scale, interpret=False):
     """dq = scale ds k, where ds = p (do v^T - delta), p = 2^(scale log2(e) q k^T - log_sum)."""
     (B, T, N, H), (K, V), dtype = q_BTNH.shape, v_BTKV.shape[2:], q_BTNH.dtype
     blocks, extra = T // BLOCK, 1 if segments else 0
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, log_sum_ref, delta_ref, *refs):
-        *segment_refs, dq_ref, q_smem, do_smem, k_smem, v_smem, log_sum_smem, delta_smem, row_smem, column_smem = refs[:-3]
+    def kernel(q_ref, k_ref, v_ref, do_ref, starts_ref, *refs):
+        *segment_refs, dq_ref, q_smem, do_smem, k_smem, v_smem, starts_smem, row_smem, column_smem = refs[:-3]
         rows_full, full, free = refs[-3:]
         b, n, i, group = _place()
         i = blocks - 1 - i  # the longest first
@@ -265,43 +261,43 @@ def gradient_of_queries(q_BTNH, k_BTKH, v_BTKV, do_BTNV, log_sum_BNT, delta_BNT,
                 rows_full.at[group],
                 (q_ref.at[b, rows, n], q_smem.at[group]),
                 (do_ref.at[b, rows, n], do_smem.at[group]),
-                (log_sum_ref.at[b, n, rows], log_sum_smem.at[group]),
-                (delta_ref.at[b, n, rows], delta_smem.at[group]),
+                (starts_ref.at[b, n, :, rows], starts_smem.at[group]),
                 *((ref.at[b, rows], row_smem.at[group]) for ref in segment_refs[:1]),
             )
-            log_sum, delta = log_sum_smem[group], delta_smem[group]
+            log_sum, delta = starts_smem[group, 0], starts_smem[group, 1]
 
             def step(s, dq, diagonal, mixed):
                 stage = lax.rem(s, BACKWARD_STAGES)
                 plgpu.barrier_wait(full.at[stage])
-                scores = _product(q_smem.at[group], k_smem.at[stage], interpret)
-                p = jnp.exp2(scores * (scale * LOG2_E) - _of_rows(log_sum, scores.shape))
+                scores = _of_rows(log_sum, (ROWS, ROWS))
+                scores = _add_product(scores, q_smem.at[group], k_smem.at[stage], interpret, True)
+                p = jnp.exp2(scores * (scale * LOG2_E))
                 marks = (row_smem[group], column_smem[stage]) if mixed else ()
                 p = _hide(p, 0.0, 0 if diagonal else None, 0, marks)
-                dp = _product(do_smem.at[group], v_smem.at[stage], interpret)
-                ds = (p * (dp - _of_rows(delta, p.shape))).astype(dtype)
+                dp = _of_rows(delta, p.shape)
+                dp = _add_product(dp, do_smem.at[group], v_smem.at[stage], interpret, True)
+                ds = (p * dp).astype(dtype)
                 dq = _add_product(dq, ds, k_smem.at[stage], interpret)
                 plgpu.barrier_arrive(free.at[stage])
                 return dq
 
             _skip(1 - group, full.at[0], free.at[0])
-            dq = _over_tiles(step, jnp.zeros((ROWS, H), jnp.float32), 2, near, far, 1 - group)
+            dq = _over_tiles(step, jnp.zeros((ROWS, H), jnp.float32), 2, far, near, 1 - group)
             q_smem[group] = (dq * scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[group], dq_ref.at[b, rows, n])
             plgpu.wait_smem_to_gmem(0)
 
-    inputs = q_BTNH, k_BTKH, v_BTKV, do_BTNV, log_sum_BNT, delta_BNT
+    inputs = q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T
     scratch = [
         plgpu.SMEM((2, ROWS, H), dtype),
         plgpu.SMEM((2, ROWS, V), dtype),
         plgpu.SMEM((BACKWARD_STAGES, ROWS, H), dtype),
         plgpu.SMEM((BACKWARD_STAGES, ROWS, V), dtype),
-        plgpu.SMEM((2, ROWS), jnp.float32),
-        plgpu.SMEM((2, ROWS), jnp.float32),
+        plgpu.SMEM((2, 2, ROWS), jnp.float32),
         plgpu.SMEM((2, ROWS), jnp.int32),
         plgpu.SMEM((BACKWARD_STAGES, ROWS), jnp.int32),
-        plgpu.Barrier(num_barriers=2, num_arrivals=4 + extra),
+        plgpu.Barrier(num_barriers=2, num_arrivals=3 + extra),
         plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=2 + extra),
         plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=2),
     ]
@@ -309,16 +305,17 @@ def gradient_of_queries(q_BTNH, k_BTKH, v_BTKV, do_BTNV, log_sum_BNT, delta_BNT,
     return _call(kernel, out_type, scratch, (B, N, blocks), (*inputs, *segments), interpret)
 
 
-def gradients_of_keys(q_BTNH, k_BTKH, v_BTKV, do_BTNV, log_sum_BNT, delta_BNT, segments, scale, interpret=False):
+def gradients_of_keys(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, scale, interpret=False):
     """dk = scale ds^T q and dv = p^T do, summed over the query heads of a key head; ds and p as above."""
     (B, T, N, H), (K, V), dtype = q_BTNH.shape, v_BTKV.shape[2:], q_BTNH.dtype
     heads, extra = N // K, 1 if segments else 0
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, log_sum_ref, delta_ref, *refs):
-        *segment_refs, dk_ref, dv_ref, k_smem, v_smem, q_smem, do_smem = refs[:-7]
-        log_sum_smem, delta_smem, row_smem, column_smem, rows_full, full, free = refs[-7:]
+    def kernel(q_ref, k_ref, v_ref, do_ref, starts_ref, *refs):
+        *segment_refs, dk_ref, dv_ref, k_smem, v_smem, q_smem, do_smem = refs[:-6]
+        starts_smem, row_smem, column_smem, rows_full, full, free = refs[-6:]
         b, kv_head, j, group = _place()
-        far, near = (ref[b, j] for ref in segment_refs[1:]) if segments else (T // BLOCK - j,) * 2
+        far = segment_refs[1][b, j] if segments else T // BLOCK - j
+        near = None if segments else far
         tiles = 2 * far  # of a head
 
         @pl.when(group == LOADER)
@@ -326,13 +323,12 @@ def gradients_of_keys(q_BTNH, k_BTKH, v_BTKV, do_BTNV, log_sum_BNT, delta_BNT, s
             plgpu.set_max_registers(24, action="decrease")
 
             def queries(s):
-                g = lax.div(s, tiles)
+                g = 0 if heads == 1 else lax.div(s, tiles)
                 place, n = pl.ds(j * BLOCK + (s - g * tiles) * ROWS, ROWS), kv_head * heads + g
                 return [
                     (q_ref.at[b, place, n], q_smem),
                     (do_ref.at[b, place, n], do_smem),
-                    (log_sum_ref.at[b, n, place], log_sum_smem),
-                    (delta_ref.at[b, n, place], delta_smem),
+                    (starts_ref.at[b, n, :, place], starts_smem),
                     *((ref.at[b, place], column_smem) for ref in segment_refs[:1]),
                 ]
 
@@ -355,24 +351,25 @@ def gradients_of_keys(q_BTNH, k_BTKH, v_BTKV, do_BTNV, log_sum_BNT, delta_BNT, s
                     dk, dv = carry
                     stage = lax.rem(g * tiles + s, BACKWARD_STAGES)
                     plgpu.barrier_wait(full.at[stage])
-                    scores = _product(k_smem.at[group], q_smem.at[stage], interpret)
+                    scores = _of_columns(starts_smem[stage, 0], (ROWS, ROWS))
+                    scores = _add_product(scores, k_smem.at[group], q_smem.at[stage], interpret, True)
                     marks = (row_smem[group], column_smem[stage]) if mixed else ()
                     scores = _hide(scores, -jnp.inf, 0 if diagonal else None, 1, marks)
-                    p = jnp.exp2(scores * (scale * LOG2_E) - _of_columns(log_sum_smem[stage], scores.shape))
-                    p = p.astype(dtype)  # half the registers, of which there are just enough
-                    dv = _add_product(dv, p, do_smem.at[stage], interpret)
-                    dp = _product(v_smem.at[group], do_smem.at[stage], interpret)
-                    ds = (p.astype(jnp.float32) * (dp - _of_columns(delta_smem[stage], p.shape))).astype(dtype)
+                    p = jnp.exp2(scores * (scale * LOG2_E))
+                    dv = _add_product(dv, p.astype(dtype), do_smem.at[stage], interpret)
+                    dp = _of_columns(starts_smem[stage, 1], p.shape)
+                    dp = _add_product(dp, v_smem.at[group], do_smem.at[stage], interpret, True)
+                    ds = (p * dp).astype(dtype)
                     dk = _add_product(dk, ds, q_smem.at[stage], interpret)
                     plgpu.barrier_arrive(free.at[stage])
                     return dk, dv
 
                 stage = lax.rem(g * tiles, BACKWARD_STAGES)
                 _skip(group, full.at[stage], free.at[stage])
-                return _over_tiles(step, carry, 2, near, far, group)
+                return _over_tiles(step, carry, 2, far, near, group)
 
             zeros = jnp.zeros((ROWS, H), jnp.float32), jnp.zeros((ROWS, V), jnp.float32)
-            dk, dv = head(jnp.int32(0), zeros) if heads == 1 else lax.fori_loop(0, heads, head, zeros)
+            dk, dv = head(0, zeros) if heads == 1 else lax.fori_loop(0, heads, head, zeros)
             k_smem[group] = (dk * scale).astype(dtype)
             v_smem[group] = dv.astype(dtype)
             plgpu.commit_smem()
@@ -380,18 +377,17 @@ def gradients_of_keys(q_BTNH, k_BTKH, v_BTKV, do_BTNV, log_sum_BNT, delta_BNT, s
             plgpu.copy_smem_to_gmem(v_smem.at[group], dv_ref.at[b, rows, kv_head])
             plgpu.wait_smem_to_gmem(0)
 
-    inputs = q_BTNH, k_BTKH, v_BTKV, do_BTNV, log_sum_BNT, delta_BNT
+    inputs = q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T
     scratch = [
         plgpu.SMEM((2, ROWS, H), dtype),
         plgpu.SMEM((2, ROWS, V), dtype),
         plgpu.SMEM((BACKWARD_STAGES, ROWS, H), dtype),
         plgpu.SMEM((BACKWARD_STAGES, ROWS, V), dtype),
-        plgpu.SMEM((BACKWARD_STAGES, ROWS), jnp.float32),
-        plgpu.SMEM((BACKWARD_STAGES, ROWS), jnp.float32),
+        plgpu.SMEM((BACKWARD_STAGES, 2, ROWS), jnp.float32),
         plgpu.SMEM((2, ROWS), jnp.int32),
         plgpu.SMEM((BACKWARD_STAGES, ROWS), jnp.int32),
         plgpu.Barrier(num_barriers=2, num_arrivals=2 + extra),
-        plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=4 + extra),
+        plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=3 + extra),
         plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=2),
     ]
     out_type = kernel_output(k_BTKH.shape, dtype, *inputs), kernel_output(v_BTKV.shape, dtype, *inputs)

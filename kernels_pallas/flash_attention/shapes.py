@@ -1,10 +1,13 @@
 """Named shapes: training of DeepSeek-V2 and Lite as it is and scaled down, and lengths that break kernels."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from kernels_pallas.flash_attention.api import flash_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,3 +45,36 @@ def make_case(case: Case, dtype) -> tuple[tuple, jax.Array, jax.Array | None]:
     starts_BT = rng.random((B, T)) < 4 / T
     segments_BT = np.where(np.arange(T) < T - T // 5, 1 + np.cumsum(starts_BT, axis=1), 0)
     return tuple(qkv), weight_BTNV.astype(jnp.float32), jnp.asarray(segments_BT, jnp.int32)
+
+
+def gpu_cases() -> dict[str, tuple]:
+    """For check_gpu.py: name -> (function, arguments, temporaries in bytes), at the full shapes of V2 and Lite."""
+
+    def gradients(attention):
+        return lambda qkv, do_BTNV, **options: jax.vjp(lambda *qkv: attention(*qkv, **options), *qkv)[1](do_BTNV)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    cases = {}
+    for name in ("v2", "v2 lite"):
+        case = FULL[name]
+        B, T, N, K = case.batch, case.length, case.heads, case.kv_heads
+        o_BTNV = array(B, T, N, case.value_dim)
+        qkv = array(B, T, N, case.qk_dim), array(B, T, K, case.qk_dim), array(B, T, K, case.value_dim)
+        segments_BT = array(B, T, dtype=jnp.int32)
+        attention = functools.partial(flash_attention, scale=case.qk_dim**-0.5, implementation="gpu")
+
+        def packed(q, k, v, segments_BT, attention=attention):
+            return attention(q, k, v, segments_BT=segments_BT)
+
+        def packed_gradients(qkv, do_BTNV, segments_BT, attention=attention):
+            return gradients(attention)(qkv, do_BTNV, segments_BT=segments_BT)
+
+        statistics = 4 * 4 * B * N * T  # log-sum-exp, delta and both as the kernels take them, in float32
+        kept = 2 * o_BTNV.size + statistics  # the output, which the gradients need
+        cases[f"{name} forward"] = attention, qkv, statistics
+        cases[f"{name} packed forward"] = packed, (*qkv, segments_BT), statistics
+        cases[f"{name} gradients"] = gradients(attention), (qkv, o_BTNV), kept + statistics
+        cases[f"{name} packed gradients"] = packed_gradients, (qkv, o_BTNV, segments_BT), kept + statistics
+    return cases

@@ -1,0 +1,70 @@
+"""The check of the Hopper kernels: its limits bite; and every case keeps them, where JAX's CUDA plugin is installed."""
+
+import importlib.util
+
+import jax
+import pytest
+
+from kernels_pallas import check_gpu
+
+IS_INSTALLED = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+SAID = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
+    0 bytes stack frame, {spills} bytes spill stores, 8 bytes spill loads
+ptxas info    : Used {registers} registers, used 16 barriers, 1 bytes smem
+{more}"""
+CODE = "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR36]\nUTMALDG.2D [UR8], [UR4]\n"
+
+
+def kernel(folder, code=CODE, shared=229440, spills=8, more=""):
+    (folder / "k_0.ptxas").write_text(SAID.format(registers=168, spills=spills, more=more))
+    (folder / "k_0.mlir-passes.log").write_text(f"gpu.launch\n dynamic_shared_memory_size %c{shared}_i32 {{\n")
+    (folder / "k_0.sass_ctrl").write_text(code)
+    return check_gpu.kernel(folder / "k_0.ptxas")
+
+
+def test_a_kernel_within_the_limits(tmp_path):
+    assert kernel(tmp_path) == ("168 registers, 8 B spilt, 224.1 KiB shared, 1 HGMMA, 1 UTMALDG", [])
+
+
+@pytest.mark.parametrize(
+    ("defect", "limit"),
+    [
+        ({"code": "UTMALDG.2D [UR8], [UR4]"}, "no HGMMA"),
+        ({"code": "HGMMA.64x256x16.F32.BF16 R24"}, "no UTMALDG"),
+        ({"code": CODE.replace("HGMMA", "HMMA")}, "no HGMMA"),
+        ({"spills": 68}, "68 bytes of registers spilt"),
+        ({"shared": 232452}, "232452 bytes of shared memory"),
+        ({"more": "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"}, "serialised"),
+    ],
+)
+def test_each_limit_bites(defect, limit, tmp_path):
+    _, (broken,) = kernel(tmp_path, **defect)
+    assert limit in broken
+
+
+def test_a_case_that_does_not_exist_fails(capsys):
+    assert check_gpu.main(["no such case"]) == 1
+    assert "grouped_matmul/v2 down" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", sorted({name.split("/")[0] for name in check_gpu.cases()}))
+def test_cases_are_at_full_size(op):
+    """Of V2 and of Lite, each a function of abstract arrays with a budget."""
+    cases = {name: case for name, case in check_gpu.cases().items() if name.startswith(f"{op}/")}
+    assert any("lite" in name for name in cases)
+    assert any("lite" not in name for name in cases)
+    for function, arguments, temporaries in cases.values():
+        assert callable(function)
+        assert all(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(arguments))
+        assert temporaries >= 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not IS_INSTALLED, reason="JAX's CUDA plugin is not installed: kernels_pallas/check_gpu.sh brings it"
+)
+@pytest.mark.parametrize("name", check_gpu.cases())
+def test_full_shapes_compile_within_the_limits(name, tmp_path, monkeypatch, capsys):
+    for variable, value in {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_TO": str(tmp_path)}.items():
+        monkeypatch.setenv(variable, value)
+    assert check_gpu.check(name, check_gpu.cases()[name], check_gpu.hopper_mesh(), tmp_path), capsys.readouterr().out

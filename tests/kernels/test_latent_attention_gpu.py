@@ -24,9 +24,9 @@ CASES = {
     "several queries": (Case(3, 5, (140,), 32, **SMALL), 1),
     "v2": (Case(128, 1, (193,), 64, value_dim=512, rope_dim=64, lanes=576), 1),
     "int8": (Case(2, 1, (140,), 128, dtype="int8", **SMALL), 1),
-    "ties": (Case(2, 1, (300,), 128, ties=True, value_dim=128, rope_dim=64, lanes=192), 1),
 }
 MORE = {
+    "ties": (Case(2, 1, (300,), 128, ties=True, value_dim=128, rope_dim=64, lanes=192), 1),
     "float8": (Case(16, 2, (70, 333), 64, 512, 64, dtype="float8_e4m3fn"), 2),
     "lengths": (Case(8, 1, (1, 64, 131), 64, **SMALL), 2),
     "v2 lite, speculative": (Case(16, 4, (4, 200), 16, value_dim=512, rope_dim=64, lanes=640), 1),

@@ -92,6 +92,18 @@ def _load_rows(barrier, *copies):
     plgpu.barrier_wait(barrier)
 
 
+def _release(free, fenced):
+    """Hands a tile back to the loader.
+
+    Args:
+      fenced: it was read by plain loads, which TMA does not wait for by itself, and not only by products. (Interpreted
+        products are plain loads.)
+    """
+    if fenced:
+        plgpu.commit_smem()
+    plgpu.barrier_arrive(free)
+
+
 def _over_tiles(step, carry, tiles, far, near, first=0):
     """Runs step(s, carry, diagonal, mixed) from step `first`, which is on the diagonal, to those before `tiles` * `far`.
 
@@ -183,7 +195,7 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
                 scores = _add_product(zeros, q_smem.at[group], k_smem.at[stage], interpret, True, take_turns)
                 marks = (row_smem[group], column_smem[stage]) if mixed else ()
                 scores = _hide(scores, -jnp.inf, group * ROWS if diagonal else None, 0, marks)
-                plgpu.barrier_arrive(k_free.at[stage])
+                _release(k_free.at[stage], mixed or interpret)
                 new = jnp.maximum(largest, scores.max(axis=1) * (scale * LOG2_E))
                 p = jnp.exp2(scores * (scale * LOG2_E) - _of_rows(new, scores.shape))
                 shrink = jnp.exp2(largest - new)
@@ -194,7 +206,7 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
                 plgpu.barrier_wait(v_full.at[stage])
                 plgpu.barrier_wait(turn)
                 total = _add_product(total, p, v_smem.at[stage], interpret)
-                plgpu.barrier_arrive(v_free.at[stage])
+                _release(v_free.at[stage], interpret)
                 return total, new, weight
 
             zeros = jnp.zeros((ROWS, V), jnp.float32), jnp.full((ROWS,), -jnp.inf), jnp.zeros((ROWS,), jnp.float32)
@@ -278,7 +290,7 @@ def gradient_of_queries(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, 
                 dp = _add_product(dp, do_smem.at[group], v_smem.at[stage], interpret, True)
                 ds = (p * dp).astype(dtype)
                 dq = _add_product(dq, ds, k_smem.at[stage], interpret)
-                plgpu.barrier_arrive(free.at[stage])
+                _release(free.at[stage], mixed or interpret)
                 return dq
 
             _skip(1 - group, full.at[0], free.at[0])
@@ -361,7 +373,7 @@ def gradients_of_keys(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, sc
                     dp = _add_product(dp, v_smem.at[group], do_smem.at[stage], interpret, True)
                     ds = (p * dp).astype(dtype)
                     dk = _add_product(dk, ds, q_smem.at[stage], interpret)
-                    plgpu.barrier_arrive(free.at[stage])
+                    _release(free.at[stage], True)
                     return dk, dv
 
                 stage = lax.rem(g * tiles, BACKWARD_STAGES)

@@ -4,6 +4,7 @@ import importlib.util
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from kernels_pallas import check_gpu
 
@@ -57,6 +58,22 @@ def test_cases_are_at_full_size(op):
         assert callable(function)
         assert all(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(arguments))
         assert temporaries >= 0
+
+
+LOWERED = ["grouped_matmul/v2 lite swiglu gradients", "grouped_matmul/v2 lite int8 swiglu"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in LOWERED else pytest.mark.slow) for name in check_gpu.cases()]
+)
+def test_full_shapes_lower(name):
+    """Down to where the compiler for the chip takes over, which needs none of its packages."""
+    function, arguments, _ = check_gpu.cases()[name]
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "@mosaic_gpu" in program
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ ROWS = 64  # of a warpgroup, and of a tile in the backward passes, whose sums fi
 BLOCK = 2 * ROWS  # of a program, and of a tile in the forward pass
 STAGES, BACKWARD_STAGES = 2, 3  # tiles in shared memory at once
 LOADER = 2  # the warpgroup that computes nothing
+REGISTERS, LOADER_REGISTERS = 240, 24  # of a thread: 128 x (2 x 240 + 24) fill the register file
 LOG2_E = math.log2(math.e)
 
 
@@ -74,16 +75,19 @@ def _stream(steps, stages, *streams):
       streams: (full, free, copies): barriers of each stage, and step -> pairs of a source and the buffer of all stages.
     """
 
+    def refill(s, full, free, copies):
+        stage = lax.rem(s, stages)
+        pl.when(s >= stages)(lambda: plgpu.barrier_wait(free.at[stage]))
+
+        @pl.when(s < steps)
+        def _():
+            for source, buffer in copies(s):
+                plgpu.copy_gmem_to_smem(source, buffer.at[stage], full.at[stage])
+
     @pl.loop(0, steps + stages)  # at the end it sees every tile released
     def _(s):
-        stage = lax.rem(s, stages)
-        for full, free, copies in streams:
-            pl.when(s >= stages)(lambda: plgpu.barrier_wait(free.at[stage]))
-
-            @pl.when(s < steps)
-            def _():
-                for source, buffer in copies(s):
-                    plgpu.copy_gmem_to_smem(source, buffer.at[stage], full.at[stage])
+        for stream in streams:
+            refill(s, *stream)
 
 
 def _load_rows(barrier, *copies):
@@ -96,8 +100,8 @@ def _release(free, fenced):
     """Hands a tile back to the loader.
 
     Args:
-      fenced: it was read by plain loads, which TMA does not wait for by itself, and not only by products. (Interpreted
-        products are plain loads.)
+      fenced: plain loads read it, which TMA, unlike the tensor cores' reads, does not see without a fence. (Products that
+        are interpreted read by plain loads.)
     """
     if fenced:
         plgpu.commit_smem()
@@ -105,10 +109,10 @@ def _release(free, fenced):
 
 
 def _over_tiles(step, carry, tiles, far, near, first=0):
-    """Runs step(s, carry, diagonal, mixed) from step `first`, which is on the diagonal, to those before `tiles` * `far`.
+    """Runs step(s, carry, diagonal, mixed) from step `first`, on the diagonal, to those before `tiles` * `far`.
 
-    Those before `tiles` * `near` hold one document, the others may be `mixed`. near is far: there are no documents; None:
-    it is not known, and of two loops the registers suffice for one.
+    Those before `tiles` * `near` hold one document, the others may be `mixed`. If near is far there are no documents;
+    None: it is not known, and of two loops the registers suffice for one.
     """
     packed, start = near is not far, first + 1
     carry = step(first, carry, True, packed)
@@ -147,11 +151,11 @@ def _place():
 
 
 def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
-    """Returns o_BTNV and log_sum_BNT."""
+    """Returns o_BTNV and log_sum_BNT; exact softmax by a running maximum (FlashAttention-2, arXiv 2307.08691)."""
     (B, T, N, H), (K, V), dtype = q_BTNH.shape, v_BTKV.shape[2:], q_BTNH.dtype
     blocks, extra = T // BLOCK, 1 if segments else 0
 
-    def kernel(q_ref, k_ref, v_ref, *refs):
+    def attention(q_ref, k_ref, v_ref, *refs):
         *segment_refs, o_ref, log_sum_ref, q_smem, k_smem, v_smem, row_smem, column_smem, log_sum_smem = refs[:-6]
         q_full, k_full, k_free, v_full, v_free, turn = refs[-6:]
         b, n, i, group = _place()
@@ -165,7 +169,7 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
 
         @pl.when(group == LOADER)
         def _load():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
             def keys(s):
                 place = pl.ds((i - s) * BLOCK, BLOCK)
@@ -179,7 +183,7 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
 
         @pl.when(group != LOADER)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(REGISTERS, action="increase")
             first_row = i * BLOCK + group * ROWS
             rows = pl.ds(first_row, ROWS)
             marks = [(ref.at[b, rows], row_smem.at[group]) for ref in segment_refs[:1]]
@@ -234,15 +238,19 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
         plgpu.Barrier(num_barriers=STAGES, num_arrivals=2),
         plgpu.Barrier(num_arrivals=2),
     ]
-    return _call(kernel, out_type, scratch, (B, N, blocks), (*inputs, *segments), interpret)
+    return _call(attention, out_type, scratch, (B, N, blocks), (*inputs, *segments), interpret)
 
 
 def gradient_of_queries(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, scale, interpret=False):
-    """dq = scale ds k, where ds = p (do v^T - delta), p = 2^(scale log2(e) q k^T - log_sum)."""
+    """dq = scale ds k, where ds = p (do v^T - delta), p = 2^(scale log2(e) q k^T - log_sum).
+
+    Args:
+      starts_BN2T: -log_sum / (scale log2(e)) and -delta, from which the sums of the products q k^T and do v^T start.
+    """
     (B, T, N, H), (K, V), dtype = q_BTNH.shape, v_BTKV.shape[2:], q_BTNH.dtype
     blocks, extra = T // BLOCK, 1 if segments else 0
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, starts_ref, *refs):
+    def attention_dq(q_ref, k_ref, v_ref, do_ref, starts_ref, *refs):
         *segment_refs, dq_ref, q_smem, do_smem, k_smem, v_smem, starts_smem, row_smem, column_smem = refs[:-3]
         rows_full, full, free = refs[-3:]
         b, n, i, group = _place()
@@ -255,7 +263,7 @@ def gradient_of_queries(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, 
 
         @pl.when(group == LOADER)
         def _load():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
             def keys(s):
                 place = pl.ds(first_key(s), ROWS)
@@ -266,7 +274,7 @@ def gradient_of_queries(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, 
 
         @pl.when(group != LOADER)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(REGISTERS, action="increase")
             first_row = i * BLOCK + group * ROWS
             rows = pl.ds(first_row, ROWS)
             _load_rows(
@@ -314,7 +322,7 @@ def gradient_of_queries(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, 
         plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=2),
     ]
     out_type = kernel_output(q_BTNH.shape, dtype, *inputs)
-    return _call(kernel, out_type, scratch, (B, N, blocks), (*inputs, *segments), interpret)
+    return _call(attention_dq, out_type, scratch, (B, N, blocks), (*inputs, *segments), interpret)
 
 
 def gradients_of_keys(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, scale, interpret=False):
@@ -322,7 +330,7 @@ def gradients_of_keys(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, sc
     (B, T, N, H), (K, V), dtype = q_BTNH.shape, v_BTKV.shape[2:], q_BTNH.dtype
     heads, extra = N // K, 1 if segments else 0
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, starts_ref, *refs):
+    def attention_dk_dv(q_ref, k_ref, v_ref, do_ref, starts_ref, *refs):
         *segment_refs, dk_ref, dv_ref, k_smem, v_smem, q_smem, do_smem = refs[:-6]
         starts_smem, row_smem, column_smem, rows_full, full, free = refs[-6:]
         b, kv_head, j, group = _place()
@@ -332,7 +340,7 @@ def gradients_of_keys(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, sc
 
         @pl.when(group == LOADER)
         def _load():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
             def queries(s):
                 g = 0 if heads == 1 else lax.div(s, tiles)
@@ -348,7 +356,7 @@ def gradients_of_keys(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, sc
 
         @pl.when(group != LOADER)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(REGISTERS, action="increase")
             first_row = j * BLOCK + group * ROWS
             rows = pl.ds(first_row, ROWS)
             _load_rows(
@@ -403,4 +411,4 @@ def gradients_of_keys(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, sc
         plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=2),
     ]
     out_type = kernel_output(k_BTKH.shape, dtype, *inputs), kernel_output(v_BTKV.shape, dtype, *inputs)
-    return _call(kernel, out_type, scratch, (B, K, T // BLOCK), (*inputs, *segments), interpret)
+    return _call(attention_dk_dv, out_type, scratch, (B, K, T // BLOCK), (*inputs, *segments), interpret)

@@ -91,6 +91,7 @@ def test_a_named_one_runs_or_raises_with_its_reason():
 # What each implementation says where the table shows a "no". A new "no" without its words here fails the test below.
 NOT_ON = {
     ("flash_attention", "tpu"): "a TPU kernel, not for",
+    ("flash_attention", "gpu"): "a Hopper kernel",
     ("latent_attention", "tpu"): "a TPU kernel, not for",
     ("latent_attention", "gpu"): "a Hopper kernel",
     ("paged_latent_attention", "tpu"): "a TPU kernel, not for",

@@ -100,8 +100,8 @@ def _release(free, fenced):
     """Hands a tile back to the loader.
 
     Args:
-      fenced: plain loads read it, which TMA, unlike the tensor cores' reads, does not see without a fence. (Products that
-        are interpreted read by plain loads.)
+      fenced: plain loads read it, which TMA, unlike the reads of tensor cores, does not see without a fence.
+        (Interpreted products read by plain loads.)
     """
     if fenced:
         plgpu.commit_smem()

@@ -1,7 +1,6 @@
 """Named shapes: training of DeepSeek-V2 and Lite as it is and scaled down, and lengths that break kernels."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +49,11 @@ def make_case(case: Case, dtype) -> tuple[tuple, jax.Array, jax.Array | None]:
 def gpu_cases() -> dict[str, tuple]:
     """For check_gpu.py: name -> (function, arguments, temporaries in bytes), at the full shapes of V2 and Lite."""
 
-    def gradients(attention):
-        return lambda qkv, do_BTNV, **options: jax.vjp(lambda *qkv: attention(*qkv, **options), *qkv)[1](do_BTNV)
+    def attention(qkv, segments_BT=None):
+        return flash_attention(*qkv, scale=192**-0.5, segments_BT=segments_BT, implementation="gpu")
+
+    def gradients(qkv, do_BTNV, segments_BT=None):
+        return jax.vjp(lambda *qkv: attention(qkv, segments_BT), *qkv)[1](do_BTNV)
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -60,21 +62,11 @@ def gpu_cases() -> dict[str, tuple]:
     for name in ("v2", "v2 lite"):
         case = FULL[name]
         B, T, N, K = case.batch, case.length, case.heads, case.kv_heads
-        o_BTNV = array(B, T, N, case.value_dim)
+        o_BTNV, segments_BT = array(B, T, N, case.value_dim), array(B, T, dtype=jnp.int32)
         qkv = array(B, T, N, case.qk_dim), array(B, T, K, case.qk_dim), array(B, T, K, case.value_dim)
-        segments_BT = array(B, T, dtype=jnp.int32)
-        attention = functools.partial(flash_attention, scale=case.qk_dim**-0.5, implementation="gpu")
-
-        def packed(q, k, v, segments_BT, attention=attention):
-            return attention(q, k, v, segments_BT=segments_BT)
-
-        def packed_gradients(qkv, do_BTNV, segments_BT, attention=attention):
-            return gradients(attention)(qkv, do_BTNV, segments_BT=segments_BT)
-
-        statistics = 4 * 4 * B * N * T  # log-sum-exp, delta and both as the kernels take them, in float32
-        kept = 2 * o_BTNV.size + statistics  # the output, which the gradients need
-        cases[f"{name} forward"] = attention, qkv, statistics
-        cases[f"{name} packed forward"] = packed, (*qkv, segments_BT), statistics
-        cases[f"{name} gradients"] = gradients(attention), (qkv, o_BTNV), kept + statistics
-        cases[f"{name} packed gradients"] = packed_gradients, (qkv, o_BTNV, segments_BT), kept + statistics
+        numbers = 4 * B * N * T  # one per query and head in float32: log-sum-exp, delta, what the kernels make of them
+        cases[f"{name} forward"] = attention, (qkv,), 2 * numbers
+        cases[f"{name} packed forward"] = attention, (qkv, segments_BT), 2 * numbers
+        cases[f"{name} gradients"] = gradients, (qkv, o_BTNV), 4 * numbers
+        cases[f"{name} packed gradients"] = gradients, (qkv, o_BTNV, segments_BT), 4 * numbers
     return cases

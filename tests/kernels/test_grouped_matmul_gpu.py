@@ -79,6 +79,17 @@ def test_widths_that_no_block_divides_match_the_reference(case, which):
     check(CASES[case], which, "zero")
 
 
+def test_multiprocessors_share_the_blocks_out(monkeypatch):
+    """Of which they have no equal number."""
+    monkeypatch.setattr(gpu, "multiprocessors", lambda: 3)
+    x_GD, (w_EDF, _), _, layout = make_case(WHOLE, jnp.bfloat16)
+    assert (gpu._blocks(layout, len(w_EDF), gpu.CONSUMERS)[0] * 2) % 3 != 0
+    with interpreter() as interpret:
+        found = gpu.grouped_matmul(x_GD, w_EDF, layout, interpret)
+    expected = reference.grouped_matmul(x_GD.astype(jnp.float32), w_EDF.astype(jnp.float32), layout)
+    assert_close(found, expected, TOLERANCE["bfloat16"])
+
+
 @pytest.mark.parametrize(
     ("dtype", "which"),
     [

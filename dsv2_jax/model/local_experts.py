@@ -42,7 +42,7 @@ def _over_chunks(local: Local, body, carry, expert_RK: jax.Array):
     then nothing is added up over chunks.
     """
     (R, K), none = expert_RK.shape, local.experts
-    if R * K <= 2 * local.compute.expert_chunk:
+    if 2 * local.compute.expert_chunk >= R * K:
         return body(0, R, expert_RK, R * K, carry)
     pairs = max(local.compute.expert_chunk, K)
     C = min(R, -(-math.ceil(pairs / local.choices) // 8) * 8)
@@ -98,7 +98,7 @@ def routed(local: Local, x_RD, expert_RK, gate_RK, weights) -> jax.Array:
 
 
 def routed_backward(local: Local, x_RD, dy_RD, expert_RK, gate_RK, weights, dweights):
-    """Cotangents of rows and gates, and `dweights` (float32) with those of the weights added."""
+    """Cotangents of rows and gates, and `dweights` with those of the weights added, in the dtype of the weights."""
 
     def body(first, rows, expert_CK, pairs, carry):
         dx_RD, dgate_RK, dweights = carry

@@ -333,8 +333,8 @@ def _total(stats, where: jax.sharding.Sharding) -> tuple[int, int]:
     """(Bytes at the peak, a bound of them), the program's own included.
 
     The peak is the compiler's, padding included, but without the gaps between buffers. The bound is what its sizes add
-    up to: that of temporaries has the gaps twice, and loops' larger than they are. V2 on 128 chips: a peak of 38.3 GB,
-    38.8 as its buffers are placed, a bound of 47.9.
+    up to: the size of the temporaries has the gaps twice, and more where there are loops. A step of V2 on 128 chips had
+    a peak of 38.3 GB, its buffers were placed in 38.8, and the bound was 47.9.
     """
     lasting = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     bound = lasting + stats.temp_size_in_bytes

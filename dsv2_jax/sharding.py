@@ -36,7 +36,8 @@ STORAGE_AXES = ("fsdp", "expert", "context", "tensor")  # over which the stored 
 # The one table. Activations and parameters name their dimensions; a name that is absent is not split.
 ACTIVATIONS = {"batch": BATCH_AXES, "sequence": "context"}
 TENSOR = ("heads", "kv_heads", "mlp", "expert_mlp", "vocab")  # of parameters and activations alike
-# Dimensions that may take what is left of STORAGE_AXES, the best first.
+# Dimensions that may take what is left of STORAGE_AXES, the best first; but a matrix's last one after its others,
+# unless they are tokens of the vocabulary: TPUs pad what is left of it to 128, and gather along it by way of a copy.
 STORAGE = ("embed", "q_latent", "kv_latent", "expert_mlp", "mlp", "heads", "kv_heads", "head_dim", "vocab", "router")
 
 
@@ -157,6 +158,8 @@ def parameter_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh) -> Parti
         return sizes[axis] % math.prod(mesh.shape[name] for name in placed[axis] + names) == 0
 
     candidates = [axis for axis in STORAGE if axis in axes]
+    if axes[0] != "vocab":
+        candidates.sort(key=lambda axis: axis == axes[-1])
     whole = next((axis for axis in candidates if room(axis, left)), None)
     for name, names in [("", left)] if whole else [(name, (name,)) for name in left]:
         axis = whole or next((axis for axis in candidates if room(axis, names)), None)
@@ -230,9 +233,13 @@ def cast(w: jax.Array, dtype) -> jax.Array:
 
 def gathered(w: jax.Array, axes: tuple[str, ...], dtype) -> jax.Array:
     """A stored parameter as a compute weight: cast to `dtype`, then gathered as `compute_spec` says."""
-    if ambient() is None:
+    mesh = ambient()
+    if mesh is None:
         return w.astype(dtype)
-    return jax.lax.with_sharding_constraint(stored(cast(w, dtype), axes), compute_spec(axes))
+    spec, used = parameter_spec(axes, w.shape, mesh), compute_spec(axes)
+    kept = tuple(name for name in used if name)
+    local = jax.shard_map(lambda w: gather(cast(w, dtype), spec, kept), in_specs=spec, out_specs=used, check_vma=False)
+    return local(w)
 
 
 def _axes(names: tuple[str, ...] | str | None) -> tuple[str, ...]:
@@ -249,10 +256,12 @@ def _moved(spec: PartitionSpec, kept: tuple[str, ...]) -> list[tuple[int, tuple[
 def gather(w: jax.Array, spec: PartitionSpec, kept: tuple[str, ...] = ()) -> jax.Array:
     """Inside a shard_map: this device's part `w` of an array stored as `spec`, made whole over all axes but `kept`.
 
-    Its transpose is `scatter`, in the dtype of `w`: cast before.
+    Its transpose is `scatter`, in the dtype of `w`: cast before. One mesh axis after another moves the same bytes as
+    all at once, for which XLA compiles an all-reduce of twice the bytes for TPUs today.
     """
     for dimension, names in _moved(spec, kept):
-        w = jax.lax.all_gather(w, names, axis=dimension, tiled=True)
+        for name in reversed(names):
+            w = jax.lax.all_gather(w, name, axis=dimension, tiled=True)
     return w
 
 
@@ -263,13 +272,11 @@ def scatter(dw: jax.Array, spec: PartitionSpec, kept: tuple[str, ...] = (), dtyp
     sum is rounded on the way. (For a reduce-scatter XLA compiles an all-reduce of twice the bytes for TPUs today.)
     """
     for dimension, names in _moved(spec, kept):
-        parts = jax.lax.all_to_all(
-            dw.astype(dtype or dw.dtype), names, split_axis=dimension, concat_axis=dimension, tiled=True
-        )
-        size = parts.shape[dimension]
-        devices = jax.lax.psum(1, names)
-        parts = parts.reshape(*dw.shape[:dimension], devices, size // devices, *dw.shape[dimension + 1 :])
-        dw = jnp.sum(parts, axis=dimension, dtype=jnp.float32)
+        devices, shape = jax.lax.axis_size(names), dw.shape
+        parts = dw.astype(dtype or dw.dtype).reshape(*shape[:dimension], devices, -1, *shape[dimension + 1 :])
+        # Parts in front: XLA would put them there in memory, and pad what then is second to last.
+        parts = jax.lax.all_to_all(jnp.moveaxis(parts, dimension, 0), names, split_axis=0, concat_axis=0)
+        dw = jnp.sum(parts, axis=0, dtype=jnp.float32)
     return dw
 
 

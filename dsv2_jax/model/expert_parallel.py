@@ -7,7 +7,8 @@ back from each (report, section 2.2.2). exchange.py moves the rows, local_expert
 Forward and backward are one `shard_map` each, tied by a `custom_vjp`: the backward pass sends hidden states and
 cotangents, computes the experts' intermediate values again, and sends the hidden states' cotangents back. It keeps the
 inputs only: five rows a (token, device) cross in all. Gradients of the weights are added up in float32 over the rows
-of a device and over devices; between devices they travel in the compute dtype, as the weights do.
+of a chunk and over devices; between, and to travel, they are rounded to the compute dtype, as the weights are. (A
+chunk is often all the rows of a device, and rarely less than half: two chunks' sum is rounded once, as it travels.)
 """
 
 import dataclasses
@@ -211,7 +212,7 @@ def _backward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters, dout_BTD):
         _, pull = jax.vjp(local_experts.shared, weights[3:], x_TD)
         return pull(dout_TD)
 
-    carry = jnp.zeros_like(routes.gate_PTK), tuple(jnp.zeros(w.shape, jnp.float32) for w in weights[:3])
+    carry = jnp.zeros_like(routes.gate_PTK), tuple(map(jnp.zeros_like, weights[:3]))
     tokens = x_TD, dout_BTD.reshape(x_TD.shape)
     dx_TD, carry, aside = _over_rounds(setup, tokens, this_round, rounds, compute, carry, meanwhile)
     (dgate_PTK, dweights), (dshared, dx_shared_TD) = carry, aside

@@ -38,10 +38,13 @@ def _over_chunks(local: Local, body, carry, expert_RK: jax.Array):
     """Folds `body(first, rows, expert_CK, pairs, carry)` over chunks of C rows with at most `pairs` choices in all.
 
     A chunk is rows [first, first + C); rows of it that belong to another chunk have no choices in `expert_CK`. There
-    are as many chunks as the choices need: rows without any cost nothing.
+    are as many chunks as the choices need: rows without any cost nothing. What two chunks are sure to hold is one:
+    then nothing is added up over chunks.
     """
     (R, K), none = expert_RK.shape, local.experts
-    pairs = min(max(local.compute.expert_chunk, K), R * K)
+    if 2 * local.compute.expert_chunk >= R * K:
+        return body(0, R, expert_RK, R * K, carry)
+    pairs = max(local.compute.expert_chunk, K)
     C = min(R, -(-math.ceil(pairs / local.choices) // 8) * 8)
     end_R = jnp.cumsum(jnp.sum(expert_RK < none, axis=1, dtype=jnp.int32))
 
@@ -95,7 +98,7 @@ def routed(local: Local, x_RD, expert_RK, gate_RK, weights) -> jax.Array:
 
 
 def routed_backward(local: Local, x_RD, dy_RD, expert_RK, gate_RK, weights, dweights):
-    """Cotangents of rows and gates, and `dweights` (float32) with those of the weights added."""
+    """Cotangents of rows and gates, and `dweights` with those of the weights added, in the dtype of the weights."""
 
     def body(first, rows, expert_CK, pairs, carry):
         dx_RD, dgate_RK, dweights = carry

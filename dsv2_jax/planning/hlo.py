@@ -29,6 +29,10 @@ class Shape:
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
 
     @property
+    def is_integer(self) -> bool:
+        return self.dtype[0] in "su"
+
+    @property
     def in_hbm(self) -> bool:
         """Whether it lies in the device's main memory, rather than on chip or with the host."""
         return not re.search(r"S\([1-9]", self.layout)
@@ -174,6 +178,8 @@ class Loops:
         `parameters`: the values of the computation's parameters, by their number.
         """
         ins = self.module.computations[computation][name]
+        if len(ins.shapes) == 1 and not (ins.shapes[0].is_integer and not ins.shapes[0].dims):
+            return None  # of a long chain of sums, each term of which is met again in the next, nothing is to be known
         operand = functools.partial(self._operand, computation, ins, parameters)
         match ins.opcode:
             case "constant":

@@ -207,6 +207,15 @@ def test_an_asynchronous_pair_counts_once_a_run():
     assert (gather.operand_bytes, gather.group, gather.times) == (8 * 4 * 4, 4, 4)  # i = 1, 3, 5, 7
 
 
+def test_a_long_chain_of_sums_is_not_followed():
+    """Of x + x + x ..., each sum made of the one before twice, all ways through would take for ever."""
+    sums = "".join(f"  %a{i + 1} = f32[8,4]{{1,0}} add(%a{i}, %a{i})\n" for i in range(64))
+    text = MODULE.replace("  %zero", sums.replace("%a0,", "%a,").replace("%a0)", "%a)") + "  %zero")
+    text = text.replace("tuple(%zero, %a,", "tuple(%zero, %a64,").replace("GROUPS", "{}").replace("COMPARED", "LT")
+    assert "tuple(%zero, %a64" in text
+    assert [one.times for one in program.read(text).collectives] == [4]
+
+
 @pytest.mark.parametrize(("compared", "times"), [("LT", 4), ("LE", 4), ("NE", 4)])
 def test_loops_end_as_their_condition_says(compared, times):
     assert written(compared=compared).collectives[0].times == times

@@ -1,0 +1,47 @@
+"""What this project promises of its models' memory and traffic, read from the training step compiled for TPUs.
+
+Sequences of 4096 tokens, one for each chip; float32 masters and gradients, AdamW, bfloat16 compute, no token dropped.
+Each case takes the compiler some minutes; as TPUs have no tests of their own here, this is where their layouts show.
+"""
+
+import importlib.util
+
+import jax
+import pytest
+
+from dsv2_jax import presets, sharding
+from dsv2_jax.planning import hardware, plan
+from dsv2_jax.planning.analytic import Job
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [tpu]: libtpu"),
+]
+
+
+@pytest.fixture(autouse=True)
+def uncached():
+    """What is compiled for absent chips cannot be read back from the compilation cache."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+@pytest.mark.parametrize(
+    ("preset", "topology", "mesh", "gigabytes"),
+    [
+        ("v2_lite", "v5p:2x2x2", "expert=8", 36),
+        ("v2_lite", "v5p:2x2x2", "fsdp=8", 36),
+        ("v2", "v5p:4x4x8", "fsdp=16,expert=8", 45),
+    ],
+)
+def test_memory_and_traffic_of_a_training_step(monkeypatch, preset, topology, mesh, gigabytes):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    job = Job(presets.get(preset), sharding.parse_mesh(mesh), length=4096)
+    made = plan.make_plan(job, hardware.parse_topology(topology))
+    assert made.compiled is not None, made.not_compiled
+    assert sum(made.memory.values()) <= gigabytes * 1e9
+    assert made.compiled.program.wire_bytes <= 1.3 * made.estimate.wire_bytes
+    assert made.compiled.program.by_kind()["all-reduce"]["wire_bytes"] < 0.01 * made.estimate.wire_bytes

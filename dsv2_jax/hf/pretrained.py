@@ -132,7 +132,7 @@ def _array(leaf: jax.ShapeDtypeStruct, folder: Folder, entries: list[mapping.Ent
             leading, rest = bounds[: len(place)], tuple(slice(*pair) for pair in bounds[len(place) :])
             if all(first <= i < last for i, (first, last) in zip(place, leading, strict=True)):
                 at = tuple(i - first for i, (first, _) in zip(place, leading, strict=True))
-                values[at] = entry.read(folder.read, rest)
+                values[at] = entry.read(folder.read, rest, leaf.dtype)
         return values
 
     def slice_of(index: tuple[slice, ...]) -> np.ndarray:

@@ -112,6 +112,18 @@ def use(mesh: Mesh | None):
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def use_of(x: jax.Array):
+    """A context in which a function under `jit` is traced for the mesh on which its argument `x` lies.
+
+    It changes nothing inside a `use`, nor outside of a trace.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    inside = not jax.sharding.get_abstract_mesh().empty
+    if inside or mesh.empty or not isinstance(x, jax.core.Tracer):
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def ambient():
     """The abstract mesh of the `use` around; None where there is none, or inside a shard_map over all axes."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -118,7 +118,7 @@ def export_folder(
     report: Callable[[str], None] = print,
     progress: Progress = _silent,
 ) -> None:
-    """The model of our checkpoint `src` (as for `checkpoint.locate`) as a published folder, which transformers and vLLM load.
+    """The model of our checkpoint `src` (see `checkpoint.locate`) as a published folder; transformers, vLLM load it.
 
     Args:
       shard_bytes: largest size of a safetensors file (a larger tensor has one of its own).

@@ -115,13 +115,12 @@ def use(mesh: Mesh | None):
 def use_of(x: jax.Array):
     """A context in which a function under `jit` is traced for the mesh on which its argument `x` lies.
 
-    It changes nothing inside a `use`, nor outside of a trace.
+    It changes nothing inside a `use`, outside of a trace, or where `context` > 1, which reorders columns: ask for it.
     """
     mesh = jax.typeof(x).sharding.mesh
+    found = isinstance(x, jax.core.Tracer) and mesh.axis_names == MESH_AXES and mesh.shape["context"] == 1
     inside = not jax.sharding.get_abstract_mesh().empty
-    if inside or mesh.empty or not isinstance(x, jax.core.Tracer):
-        return contextlib.nullcontext()
-    return jax.sharding.use_abstract_mesh(mesh)
+    return jax.sharding.use_abstract_mesh(mesh) if found and not inside else contextlib.nullcontext()
 
 
 def ambient():

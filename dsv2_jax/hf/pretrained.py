@@ -40,8 +40,8 @@ def from_pretrained(
 
     Args:
       mesh: of `sharding.make_mesh("fsdp=4,expert=2")`: devices over which the parameters are split by their logical
-        axes; each receives only its slice. A compiled model then computes on that mesh. Where `context` > 1 the columns
-        of tokens and logits are in the order of `model.parallel.zigzag`. None: one device.
+        axes; each receives only its slice, and a compiled model computes on them. (Inside `sharding.use(mesh)`, with
+        `context` > 1, it wants and gives columns in the order of `model.parallel.zigzag`.) None: one device.
       dtype: "bfloat16" or "float32", of the weights and the computation. None: as config.json states it, which is how
         the weights are stored and were trained (bfloat16, as released; float32 for float16, whose fractions bfloat16
         cannot hold); for a run, as in training.

@@ -70,6 +70,7 @@ def import_folder(
     Args:
       dtype: in which all arrays are stored; None: as published where that is bfloat16, otherwise float32.
       dry_run: report every mapping, write nothing, return every problem.
+      report: told, too, of how many files no SHA-256 is recorded.
 
     Raises `FolderError` for what is wrong with the folders, `ConfigError` with config.json or the tokenizer.
     """
@@ -90,6 +91,8 @@ def import_folder(
         raise FolderError(f"{src}: does not hold the model of its config.json: {'; '.join(problems[:5])}{more}")
     work, final = dst / "checkpoints" / "0.importing", dst / "checkpoints" / "0"
     recorded = digests.recorded(folder.files())
+    if unknown := len(folder.files()) - len(recorded):
+        report(f"{src}: no SHA-256 is recorded of {unknown} files; {digests.REMEDY}")
     identity = _digest(_fingerprint(folder), sorted(recorded.values()), published, dtype, PIECE)
     with writing(dst), _open_journal(dst, identity) as journal:
         if not journal.found:

@@ -113,6 +113,17 @@ def use(mesh: Mesh | None):
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def use_of(x: jax.Array):
+    """A context in which a function under `jit` is traced for the mesh on which its argument `x` lies.
+
+    It changes nothing inside a `use`, outside of a trace, or where `context` > 1, which reorders columns: ask for it.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    found = isinstance(x, jax.core.Tracer) and mesh.axis_names == MESH_AXES and mesh.shape["context"] == 1
+    inside = not jax.sharding.get_abstract_mesh().empty
+    return jax.sharding.use_abstract_mesh(mesh) if found and not inside else contextlib.nullcontext()
+
+
 def ambient():
     """The abstract mesh of the `use` around; None where there is none, or inside a shard_map over all axes."""
     mesh = jax.sharding.get_abstract_mesh()

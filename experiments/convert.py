@@ -36,7 +36,7 @@ def arguments():
     text = "Checkpoint to published folder."
     command = add_command("export", help=text, description=text, epilog=parser.epilog, **options)
     command.add_argument("src", metavar="SRC", help="a run folder (its newest checkpoint) or one checkpoint")
-    command.add_argument("dst", metavar="DST", help="a new folder, as published ones are: transformers loads it")
+    command.add_argument("dst", metavar="DST", help="a new folder, as published: transformers, vLLM load it")
     command.add_argument("--dtype", choices=DTYPES, metavar=dtypes, default="bfloat16", help="default: bfloat16")
     command.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file, such as 500MB; default: 5GB")
     _add_dry_run(command)

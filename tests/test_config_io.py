@@ -190,7 +190,12 @@ def test_a_wrong_setting_is_named_by_its_path(path, value, message):
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("path", ["model", "model.vocab_size", "train.optimizer.peak_lr", "data.sources.0.name"])
+COEFFICIENT = "model.moe.balance.expert"  # acceptance case 5: never a silent zero
+
+
+@pytest.mark.parametrize(
+    "path", ["model", "model.vocab_size", COEFFICIENT, "train.optimizer.peak_lr", "data.sources.0.name"]
+)
 def test_a_missing_field_is_named_by_its_path(path):
     mapping = quick()
     node = mapping

@@ -16,7 +16,7 @@ from etils import epath
 from dsv2_jax.checkpoint import CheckpointError
 from dsv2_jax.hf.safetensors import FolderError
 
-IN_FLIGHT = 64 * 2**20  # bytes being written at once
+IN_FLIGHT = 64 * 2**20  # bytes being written at once: one large chunk, or several small ones
 
 REMEDY = "cannot be written; once it can be, run it again"
 
@@ -67,12 +67,12 @@ class Arrays:
     def write(self, names: Names, index: tuple, values: np.ndarray, then: Callable[[], None] | None = None) -> None:
         """Start to write whole chunks; `then` is called, in the order of the calls, when they are on disk.
 
-        Waits while more than `IN_FLIGHT` bytes are being written.
+        First waits until no more than `IN_FLIGHT` bytes would be being written, or these alone.
         """
+        while self._writes and self._bytes + values.nbytes > IN_FLIGHT:
+            self._finish_one()
         self._writes.append((self._array(names)[index].write(values), names, values.nbytes, then))
         self._bytes += values.nbytes
-        while self._bytes > IN_FLIGHT:
-            self._finish_one()
 
     def flush(self) -> None:
         """Wait for all that is being written."""

@@ -1,5 +1,8 @@
 """Published folder -> our checkpoint, and back: one tensor at a time, so that neither is ever in memory.
 
+Importing, what is held of a tensor (at most `PIECE` bytes as we store it, and a band of it as published) and what is
+being written (at most `IN_FLIGHT` bytes, as many) are together never more than the largest tensor and one chunk.
+
 An imported model looks like a run's folder with one checkpoint, of step 0, that holds a model and no training state:
 
     checkpoints/0/{params,config,checksums}    bfloat16 tensors are stored so, all others in float32 (or as asked)
@@ -39,7 +42,8 @@ IMPORT_JOURNAL = "import.journal"
 TOKENIZER = "tokenizer.json"
 SMALL_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-PIECE = 64 * 2**20  # bytes of a tensor that are read, converted and stored at once
+PIECE = 64 * 2**20  # bytes of a tensor that are converted and stored at once; as many, at most, are being written
+BLOCK = 2**16  # numbers looked at together
 SHARD_BYTES = 5 * 10**9
 
 Progress = Callable[[int, int], None]  # bytes verified or converted since the last call, bytes in all
@@ -66,6 +70,7 @@ def import_folder(
     Args:
       dtype: in which all arrays are stored; None: as published where that is bfloat16, otherwise float32.
       dry_run: report every mapping, write nothing, return every problem.
+      report: told, too, of how many files no SHA-256 is recorded.
 
     Raises `FolderError` for what is wrong with the folders, `ConfigError` with config.json or the tokenizer.
     """
@@ -86,6 +91,8 @@ def import_folder(
         raise FolderError(f"{src}: does not hold the model of its config.json: {'; '.join(problems[:5])}{more}")
     work, final = dst / "checkpoints" / "0.importing", dst / "checkpoints" / "0"
     recorded = digests.recorded(folder.files())
+    if unknown := len(folder.files()) - len(recorded):
+        report(f"{src}: no SHA-256 is recorded of {unknown} files; {digests.REMEDY}")
     identity = _digest(_fingerprint(folder), sorted(recorded.values()), published, dtype, PIECE)
     with writing(dst), _open_journal(dst, identity) as journal:
         if not journal.found:
@@ -114,7 +121,7 @@ def export_folder(
     report: Callable[[str], None] = print,
     progress: Progress = _silent,
 ) -> None:
-    """The model of our checkpoint `src` (as for `checkpoint.locate`) as a published folder, which transformers loads.
+    """The model of our checkpoint `src` (see `checkpoint.locate`) as a published folder; transformers, vLLM load it.
 
     Args:
       shard_bytes: largest size of a safetensors file (a larger tensor has one of its own).
@@ -182,7 +189,9 @@ def _pieces(entry: Entry, axis: int, rows: int) -> Iterator[tuple[slice, ...]]:
 def _is_finite(values: np.ndarray) -> bool:
     """Of bfloat16 or float32: no exponent is all ones. (NumPy's own test converts bfloat16 first.)"""
     exponent = np.uint16(0x7F80) if values.dtype.itemsize == 2 else np.uint32(0x7F800000)
-    return bool(((values.view(exponent.dtype) & exponent) != exponent).all())
+    words = values.reshape(-1).view(exponent.dtype)
+    parts = (words[first : first + BLOCK] for first in range(0, words.size, BLOCK))
+    return all(((part & exponent) != exponent).all() for part in parts)
 
 
 # --- import ----------------------------------------------------------------------------------------------------------
@@ -245,7 +254,7 @@ def _write_arrays(
             continue
         pieces, added = list(_pieces(entry, *_rows(entry, kinds[entry.target]))), 0
         for piece in pieces:
-            values = entry.read(folder.read, piece).astype(kinds[entry.target], copy=False)
+            values = entry.read(folder.read, piece, kinds[entry.target])
             if not _is_finite(values):
                 where = f"{folder.file(entry.source)}: {entry.source!r}"
                 raise FolderError(f"{where} holds values that are not finite; download the file again")

@@ -2,7 +2,7 @@
 
 safetensors has no checksum, so a bit that flips in a value goes unseen; a download leaves one. Read are, for a file F,
 
-    SHA256SUMS                                  a line of `sha256sum` that names F, beside it
+    SHA256SUMS                                  a line of `sha256sum` that names F, beside it; exports have one
     .cache/huggingface/download/F.metadata      the second line, where the Hub's client was given a folder (`local_dir`)
     blobs/<SHA-256>                             what F is a link to, in the cache of the Hub's client
 
@@ -16,12 +16,12 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable
 
-from dsv2_jax.hf.safetensors import FolderError
+from dsv2_jax.hf.safetensors import SUMS, FolderError
 
-SUMS = "SHA256SUMS"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 LINE = re.compile(r"(?P<sum>[0-9a-f]{64}) [ *](?P<name>.+)")
 BLOCK = 4 * 2**20  # bytes read at once
+REMEDY = f"a bit that flips in their values goes unseen; if you know their sums, put them into {SUMS} beside them"
 
 
 def recorded(files: Iterable[pathlib.Path]) -> dict[pathlib.Path, str]:

@@ -17,17 +17,17 @@ from dsv2_jax.hf.safetensors import SCALE
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK = 128  # rows and columns that are transposed at once
+BAND = 2 * 2**20  # bytes of a released tensor that are read at once
 FUSED_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
-def transpose(matrix: np.ndarray) -> np.ndarray:
-    """A contiguous copy of `matrix.T`, block by block: NumPy's own walks through memory and is many times slower."""
-    source = matrix.view(f"uint{8 * matrix.itemsize}")  # NumPy has no fast loops for bfloat16
-    result = np.empty(source.shape[::-1], source.dtype)
+def transpose(matrix: np.ndarray, result: np.ndarray) -> None:
+    """`result[:] = matrix.T`, block by block: NumPy's own walks through memory and is many times slower."""
+    word = f"uint{8 * matrix.itemsize}"  # NumPy has no fast loops for bfloat16
+    source, result = matrix.view(word), result.view(word)
     for row, column in itertools.product(*(range(0, size, BLOCK) for size in source.shape)):
         part = slice(row, row + BLOCK), slice(column, column + BLOCK)
         result[part[::-1]] = source[part].T
-    return result.view(matrix.dtype)
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,11 @@ class Entry:
         """A view of shape `shape` of a contiguous array of shape `our_shape`."""
         return ours.reshape(self.shape[::-1]).T if self.transposed else ours.reshape(self.shape)
 
-    def read(self, read, index: tuple[slice, ...]) -> np.ndarray:
-        """`target[self.index][index]` through `read(key, slices)` of the released folder.
+    def read(self, read, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """`target[self.index][index]` in `dtype`, through `read(key, slices)` of the released folder.
 
-        Nothing is read that is not asked for, but that of a group whole heads are read.
+        Nothing is read that is not asked for, but that of a group whole heads are read; and band by band, so that the
+        released tensor is not held beside ours.
         """
         parts = iter(range(size)[part] for size, part in zip(self.our_shape, index, strict=True))
         published, shape, inside = [], [], []
@@ -71,8 +72,19 @@ class Entry:
             published.append(slice(first.start * width, first.stop * width))
             shape += [len(first), *inner]
             inside += [slice(None), *(slice(part.start, part.stop) for part in itertools.islice(parts, len(inner)))]
-        values = read(self.source, tuple(published[::-1] if self.transposed else published))
-        return (transpose(values) if self.transposed else values).reshape(shape)[tuple(inside)]
+        rows, *columns = published[::-1] if self.transposed else published
+        sizes = [part.stop - part.start for part in (rows, *columns)]
+        values = np.empty(sizes[::-1] if self.transposed else sizes, dtype)
+        height = max(BLOCK, BAND // (4 * max(1, math.prod(sizes[1:]))) // BLOCK * BLOCK)
+        for first in range(0, sizes[0], height):
+            last = min(first + height, sizes[0])
+            band = read(self.source, (slice(rows.start + first, rows.start + last), *columns))
+            band = band.astype(dtype, copy=False)
+            if self.transposed:
+                transpose(band, values[:, first:last])
+            else:
+                values[first:last] = band
+        return values.reshape(shape)[tuple(inside)]
 
 
 def table(config: ModelConfig, tied: bool = False) -> list[Entry]:

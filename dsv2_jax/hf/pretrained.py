@@ -40,7 +40,8 @@ def from_pretrained(
 
     Args:
       mesh: of `sharding.make_mesh("fsdp=4,expert=2")`: devices over which the parameters are split by their logical
-        axes; each receives only its slice. Use the model inside `with jax.set_mesh(mesh):`. None: one device.
+        axes; each receives only its slice, and a compiled model computes on them. (Inside `sharding.use(mesh)`, with
+        `context` > 1, it wants and gives columns in the order of `model.parallel.zigzag`.) None: one device.
       dtype: "bfloat16" or "float32", of the weights and the computation. None: as config.json states it, which is how
         the weights are stored and were trained (bfloat16, as released; float32 for float16, whose fractions bfloat16
         cannot hold); for a run, as in training.
@@ -132,7 +133,7 @@ def _array(leaf: jax.ShapeDtypeStruct, folder: Folder, entries: list[mapping.Ent
             leading, rest = bounds[: len(place)], tuple(slice(*pair) for pair in bounds[len(place) :])
             if all(first <= i < last for i, (first, last) in zip(place, leading, strict=True)):
                 at = tuple(i - first for i, (first, _) in zip(place, leading, strict=True))
-                values[at] = entry.read(folder.read, rest)
+                values[at] = entry.read(folder.read, rest, leaf.dtype)
         return values
 
     def slice_of(index: tuple[slice, ...]) -> np.ndarray:

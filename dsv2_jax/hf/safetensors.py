@@ -6,6 +6,7 @@ used: through NumPy it reads no FP8, it checks no index, and it writes only what
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ from dsv2_jax.hf.journal import Journal
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 JOURNAL = "export.journal"
+SUMS = "SHA256SUMS"  # of the files beside it, as `sha256sum` writes and checks it
 SCALE = "_scale_inv"  # of an FP8 weight: its key with this ending holds one factor per block
 BLOCK = 128  # rows and columns of an FP8 block
 LARGEST_HEADER = 100_000_000  # bytes; a limit of the format, kept for the index too
@@ -305,8 +307,9 @@ class ShardWriter:
 
     `add` names a tensor and where its values will come from; `finish` draws them, one tensor after the other, and
     writes shards of up to `max_shard_bytes` (one tensor at least). Shards stand under *.partial and then *.complete;
-    they get their names, and the index is written, when all are there. A run that was interrupted goes on after its
-    last complete shard, if `identity` (text that stands for the source and the options) is the same; else anew.
+    they get their names, and the index and SHA256SUMS are written, when all are there. A run that was interrupted goes
+    on after its last complete shard, if `identity` (text that stands for the source and the options) is the same; else
+    anew.
     """
 
     def __init__(self, folder: str | os.PathLike, max_shard_bytes: int, identity: str = ""):
@@ -352,9 +355,11 @@ class ShardWriter:
             if state is not None and journal.entries:
                 state.clear()
                 state.update(journal.entries[-1]["state"])
+            digests = {line["shard"]: line["sha256"] for line in journal.entries}
             for name, shard in list(zip(names, shards))[len(journal.entries) :]:
-                self._write_shard(name, shard, {"format": "pt"} | (metadata or {}), wrote)
-                journal.add({"shard": name, "state": state})
+                digest = self._write_shard(name, shard, {"format": "pt"} | (metadata or {}), wrote)
+                journal.add({"shard": name, "sha256": digest, "state": state})
+                digests[name] = digest
             try:
                 if verify:
                     verify()
@@ -362,7 +367,7 @@ class ShardWriter:
                 self._clear()
                 journal.remove()
                 raise
-            self._publish(names, shards)
+            self._publish(names, shards, digests)
             journal.remove()
 
     def _open_journal(self, identity: str) -> Journal:
@@ -390,16 +395,20 @@ class ShardWriter:
         # Wider types first, so that every tensor begins at a multiple of its width.
         return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
 
-    def _write_shard(self, name: str, shard: list[_Planned], metadata: dict[str, str], wrote) -> None:
-        partial = self.folder / f"{name}.partial"
+    def _write_shard(self, name: str, shard: list[_Planned], metadata: dict[str, str], wrote) -> str:
+        """Returns the file's SHA-256."""
+        partial, header = self.folder / f"{name}.partial", _header(shard, metadata)
+        digest = hashlib.sha256(header)
         with partial.open("wb") as file:
-            file.write(_header(shard, metadata))
+            file.write(header)
             for tensor in shard:
                 start = file.tell()
                 for piece in tensor.pieces:
                     if piece.dtype != tensor.dtype:
                         raise ValueError(f"{tensor.name}: a piece is {piece.dtype}, not {tensor.dtype}")
-                    file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+                    values = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+                    file.write(values)
+                    digest.update(values)
                     if wrote:
                         wrote(piece)
                 if file.tell() - start != tensor.bytes:
@@ -407,9 +416,11 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(self.folder / f"{name}.complete")
+        return digest.hexdigest()
 
-    def _publish(self, names: list[str], shards: list[list[_Planned]]) -> None:
+    def _publish(self, names: list[str], shards: list[list[_Planned]], digests: dict[str, str]) -> None:
         """The last rename is the one that makes loaders accept the folder."""
+        (self.folder / SUMS).write_text("".join(f"{digests[name]}  {name}\n" for name in names))
         for name in names:
             if (complete := self.folder / f"{name}.complete").exists():
                 complete.rename(self.folder / name)

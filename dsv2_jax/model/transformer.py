@@ -56,6 +56,17 @@ def _remat(function, policy: str):
     return jax.checkpoint(function, policy=kept)
 
 
+def _on_its_mesh(method):
+    """A method of the model that, without a `sharding.use` around, is traced for the mesh of its parameters."""
+
+    @functools.wraps(method)
+    def traced(self, *args, **kwargs):
+        with sharding.use_of(self.embed[...]):
+            return method(self, *args, **kwargs)
+
+    return traced
+
+
 class Transformer(nnx.Module):
     """DeepSeek-V2, a pytree of float32 parameters. Its MoE blocks are one, whose leaves have a leading layer axis."""
 
@@ -83,6 +94,7 @@ class Transformer(nnx.Module):
         cos_sin = rope.rotations(positions_BT, rotary, attention.rope_theta, attention.yarn)
         return parallel.embed(tokens_BT, self.embed, self.config.compute.dtype), cos_sin
 
+    @_on_its_mesh
     def features(
         self,
         tokens_BT: jax.Array,
@@ -127,6 +139,7 @@ class Transformer(nnx.Module):
             stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_layer)
         return self.final_norm(x_BTD), stats
 
+    @_on_its_mesh
     def logits(self, h_D: jax.Array) -> jax.Array:
         """Scores over the vocabulary, float32 [..., V], of features [..., D]."""
         w_DV = sharding.gathered(self.unembed[...], self.unembed.get_metadata("axes"), h_D.dtype)
@@ -140,13 +153,18 @@ class Transformer(nnx.Module):
         """An empty cache for `batch` sequences of up to `length` tokens."""
         return make_cache(self.config, batch, length, self.stacked)
 
+    @_on_its_mesh
     def decode(self, tokens_BT, cache: Cache, counts_B: jax.Array | None = None) -> tuple[jax.Array, Cache]:
         """Appends tokens to every sequence and returns their features [B, T, D] and the longer cache.
 
         Args:
           counts_B: how many of a row's tokens are real (the rest, to the right, is padding and leaves nothing visible
             in the cache). None: all.
+
+        Raises `ConfigError` on a mesh with `context` > 1.
         """
+        if (mesh := sharding.ambient()) is not None:
+            sharding.check_decoding(mesh)
         B, T = tokens_BT.shape
         counts_B = jnp.full(B, T, jnp.int32) if counts_B is None else counts_B
         place_T, offset_B = jnp.arange(T), cache.length_B

@@ -220,7 +220,7 @@ def test_export_of_a_run(tmp_path):
             array = functools.reduce(operator.getitem, entry.target, params)[entry.index]
             expected = entry.to_published(np.ascontiguousarray(array)).astype(BFLOAT16)
             assert np.array_equal(folder.read(entry.source), expected) == same
-    names = ["config.json", "generation_config.json", "model.safetensors"]
+    names = ["SHA256SUMS", "config.json", "generation_config.json", "model.safetensors"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 

@@ -5,12 +5,14 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
 import published
 import pytest
 
+from dsv2_jax.hf import arrays, convert, mapping
 from dsv2_jax.hf.safetensors import Folder, ShardWriter
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -33,6 +35,36 @@ def write(path, **changes) -> int:
     writer.finish()
     (path / "config.json").write_text(json.dumps(config))
     return total
+
+
+def test_one_tensor_and_one_chunk_are_held(tmp_path, monkeypatch):
+    """Counted: what Python and NumPy have allocated, and what TensorStore was given and has not written. It may be the
+    same memory, so that a chunk counts twice: the one being written, again as such, and the one being put together."""
+    chunk, largest = 2**20, 2 * 20_000 * 256
+    monkeypatch.setattr(convert, "PIECE", chunk)
+    monkeypatch.setattr(arrays, "IN_FLIGHT", chunk)
+    monkeypatch.setattr(mapping, "BAND", 2**16)
+    size = write(tmp_path / "src", hidden_size=256, moe_intermediate_size=512, vocab_size=20_000)
+    assert size > 4 * (largest + chunk)
+    convert.import_folder(tmp_path / "src", tmp_path / "first")  # what Python keeps of imports and caches is there now
+    held, writing, write_ = [], [], arrays.Arrays.write
+
+    def counted(self, *given):
+        held.append(tracemalloc.get_traced_memory()[1] + self._bytes)  # the most since the last write
+        tracemalloc.reset_peak()
+        write_(self, *given)
+        writing.append(self._bytes)
+
+    monkeypatch.setattr(arrays.Arrays, "write", counted)
+    tracemalloc.start()
+    try:
+        convert.import_folder(tmp_path / "src", tmp_path / "ours")
+    finally:
+        tracemalloc.stop()
+    assert len(held) > size // chunk
+    assert max(writing) <= chunk
+    print(f"{max(held[1:]):,} bytes held of {size:,}; largest tensor {largest:,}, chunk {chunk:,}")
+    assert max(held[1:]) < 4 * chunk < largest  # three, and what Python needs itself
 
 
 MEASURE = """

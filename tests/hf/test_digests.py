@@ -202,3 +202,36 @@ def test_a_flip_in_an_index_changes_no_value_unseen(src):
         except FolderError:
             continue
         assert all(folder.read(name).tobytes() == value.tobytes() for name, value in VALUES.items()), bit
+
+
+def test_an_export_lists_its_sums_so_that_a_flipped_bit_is_found(tmp_path):
+    """Also where it was stopped between its files."""
+    src, ours, back, said = published.write_folder(tmp_path / "src", CONFIG, VALUES), tmp_path / "ours", [], []
+    convert.import_folder(src, ours, report=said.append)
+    assert said == [f"{src}: no SHA-256 is recorded of 2 files; {digests.REMEDY}"]
+    for name in ("whole", "stopped"):
+        dst, calls = tmp_path / name, []
+
+        def progress(done, total, calls=calls):
+            calls.append(done)
+            if len(calls) == 30:
+                raise KeyboardInterrupt
+
+        if name == "stopped":
+            with pytest.raises(KeyboardInterrupt):
+                convert.export_folder(ours, dst, shard_bytes=20_000, progress=progress)
+            assert list(dst.glob("*.complete"))
+            assert not (dst / "SHA256SUMS").exists()
+        convert.export_folder(ours, dst, shard_bytes=20_000)
+        back.append((dst / "SHA256SUMS").read_text())
+        files = sorted(dst.glob("*.safetensors"))
+        assert digests.recorded(files) == {file: sha256(file) for file in files}
+        assert len(files) > 3
+    assert back[0] == back[1]
+    damaged = bytearray(files[1].read_bytes())
+    damaged[-1] ^= 1
+    files[1].write_bytes(damaged)
+    said.clear()
+    with pytest.raises(FolderError, match=rf"{files[1].name}: its SHA-256 is .*, .* is recorded: damaged"):
+        convert.import_folder(dst, tmp_path / "again", report=said.append)
+    assert not said

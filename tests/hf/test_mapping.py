@@ -118,8 +118,12 @@ def test_a_matrix_of_heads_keeps_heads_and_rotary_pairs_in_place():
             np.testing.assert_array_equal(ours[:, n, attention.nope_dim + 2 * j + 1], published[row])
 
 
+@pytest.mark.parametrize("bands", [False, True])
 @pytest.mark.parametrize("config", [small.MODEL, LITE], ids=["v2", "lite"])
-def test_a_slice_reads_only_itself(config):
+def test_a_slice_reads_only_itself(config, bands, monkeypatch):
+    if bands:
+        monkeypatch.setattr(mapping, "BLOCK", 3)
+        monkeypatch.setattr(mapping, "BAND", 1)
     folder, rng = released(config), np.random.default_rng(1)
     for entry in mapping.table(config):
         ours = entry.to_ours(folder.arrays[entry.source])
@@ -127,7 +131,8 @@ def test_a_slice_reads_only_itself(config):
             bounds = [sorted(rng.integers(0, size + 1, 2)) for size in ours.shape]
             index = tuple(slice(int(first), int(last)) for first, last in bounds)
             folder.numbers_read[entry.source] = 0
-            values = entry.read(folder.read, index)
+            values = entry.read(folder.read, index, np.dtype(np.float32))
+            assert values.dtype == np.float32
             np.testing.assert_array_equal(values, ours[index])
             whole_heads = [
                 size if place else last - first
@@ -141,10 +146,14 @@ def test_a_slice_reads_only_itself(config):
 @pytest.mark.parametrize("shape", [(1, 1), (0, 3), (128, 128), (129, 300), (257, 5)])
 def test_transposing_by_blocks(dtype, shape):
     matrix = np.random.default_rng(0).normal(size=shape).astype(dtype)
-    turned = mapping.transpose(matrix)
-    assert turned.flags.c_contiguous
+    turned, wide = np.zeros(shape[::-1], dtype), np.zeros((shape[1], shape[0] + 2), dtype)
+    mapping.transpose(matrix, turned)
     np.testing.assert_array_equal(turned, matrix.T)
-    np.testing.assert_array_equal(mapping.transpose(matrix[:, ::2]), matrix[:, ::2].T)
+    mapping.transpose(matrix, wide[:, 1 : shape[0] + 1])
+    np.testing.assert_array_equal(wide[:, 1 : shape[0] + 1], matrix.T)
+    assert not wide[:, 0].any()
+    mapping.transpose(matrix[:, ::2], turned[::2])
+    np.testing.assert_array_equal(turned[::2], matrix[:, ::2].T)
 
 
 def test_a_tied_folder_gives_its_embedding_twice():

@@ -22,6 +22,8 @@ from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.hf import mapping, pretrained
 from dsv2_jax.hf.pretrained import from_pretrained
 from dsv2_jax.hf.safetensors import Folder, FolderError
+from dsv2_jax.inference.generate import generate
+from dsv2_jax.model import parallel
 from dsv2_jax.model.counting import abstract_model
 from dsv2_jax.model.transformer import Transformer
 
@@ -136,17 +138,41 @@ def test_each_device_receives_its_slice_and_nothing_is_read_twice(tmp_path, monk
     assert split or sizes == dict(expert=4)
 
 
-@pytest.mark.parametrize("sizes", [dict(fsdp=2, tensor=2), dict(expert=4, fsdp=2), dict(data=2)], ids=str)
-@pytest.mark.parametrize("released", ["v2"], indirect=True)
-def test_logits_do_not_depend_on_the_mesh(released, sizes):
-    """Acceptance case 9, for a released folder."""
-    folder, forward = released[0], jax.jit(lambda model, tokens_BT: model(tokens_BT))
-    expected = np.asarray(forward(from_pretrained(folder)[0], TOKENS))
-    mesh = make_mesh(**sizes)
-    spread, _ = from_pretrained(folder, mesh=mesh)
+DIVISIBLE = {"kv_lora_rank": 24, "moe_intermediate_size": 16, "num_hidden_layers": 2}  # by 8; heads by 4
+STYLES = {
+    "v2": published.V2 | DIVISIBLE | {"q_lora_rank": 32},
+    "lite": published.LITE | DIVISIBLE | {"n_routed_experts": 8},
+}
+MESHES = ["data=8", "fsdp=8", "expert=8", "tensor=2", "tensor=4,fsdp=2", "context=2", "data=2,expert=2,context=2"]
+
+
+@pytest.mark.parametrize("style", ["v2", pytest.param("lite", marks=pytest.mark.slow)])
+def test_logits_do_not_depend_on_the_mesh(tmp_path, style):
+    """Acceptance case 9, for a released folder, along every axis; the model finds its mesh by itself."""
+    config = STYLES[style] | {"torch_dtype": "float32"}
+    folder = published.write_folder(tmp_path, config, published.weights(config))
+    tokens_BT, forward = jnp.arange(8 * 16).reshape(8, 16) * 7 % 110, jax.jit(lambda model, tokens: model(tokens))
+    expected_BTV = np.asarray(forward(from_pretrained(folder)[0], tokens_BT))
+    for text in MESHES:
+        mesh = sharding.make_mesh(text, jax.devices()[: math.prod(sharding.parse_mesh(text).sizes)])
+        spread, _ = from_pretrained(folder, mesh=mesh)
+        found = np.asarray(forward(spread, tokens_BT))
+        assert np.abs(found - expected_BTV).max() <= 1e-5 * np.abs(expected_BTV).max(), text
+    order = parallel.zigzag(16, mesh.shape["context"])  # of the last mesh
     with sharding.use(mesh):
-        logits_BTV = np.asarray(forward(spread, TOKENS))
-    assert np.abs(logits_BTV - expected).max() <= 1e-5 * np.abs(expected).max()
+        found = np.asarray(forward(spread, tokens_BT[:, order]))
+    assert np.abs(found - expected_BTV[:, order]).max() <= 1e-5 * np.abs(expected_BTV).max()
+
+
+@pytest.mark.parametrize("released", ["v2"], indirect=True)
+def test_a_model_on_a_mesh_generates_without_being_told(released):
+    folder, prompts, mesh = released[0], [[1, 2, 3], [4, 5]], make_mesh(context=2)
+    expected = generate(from_pretrained(folder)[0], prompts, max_new_tokens=4).tokens
+    spread, _ = from_pretrained(folder, mesh=make_mesh(fsdp=2, tensor=2))
+    assert generate(spread, prompts, max_new_tokens=4).tokens == expected
+    cut, _ = from_pretrained(folder, mesh=mesh)
+    with sharding.use(mesh), pytest.raises(ConfigError, match=r"mesh: context=2 is for training; use tensor, expert"):
+        generate(cut, prompts, max_new_tokens=4)
 
 
 # --- our checkpoints -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import safetensors.numpy
 from hypothesis import strategies as st
 
 from dsv2_jax.hf import safetensors as ours
-from dsv2_jax.hf.safetensors import DTYPES, INDEX, SINGLE, Folder, FolderError, ShardWriter
+from dsv2_jax.hf.safetensors import DTYPES, INDEX, SINGLE, SUMS, Folder, FolderError, ShardWriter
 
 
 def tensors(seed=0) -> dict[str, np.ndarray]:
@@ -60,7 +60,7 @@ def test_files_of_the_formats_library_are_read(tmp_path):
 
 def test_what_is_written_the_formats_library_reads(tmp_path):
     write(tmp_path / "one", tensors(), pieces=3)
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [SINGLE]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [SUMS, SINGLE]
     for name, value in safetensors.numpy.load_file(tmp_path / "one" / SINGLE).items():
         np.testing.assert_array_equal(value, tensors()[name])
     with safetensors.safe_open(tmp_path / "one" / SINGLE, "np") as file:
@@ -77,7 +77,7 @@ def test_what_is_written_the_formats_library_reads(tmp_path):
         assert loaded.keys() == {key for key, file in index["weight_map"].items() if file == name}
         sizes = [value.nbytes for value in loaded.values()]
         assert sum(sizes) <= 250 or len(sizes) == 1
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, INDEX])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, INDEX, SUMS])
 
 
 @pytest.mark.parametrize("kind", DTYPES)
@@ -421,7 +421,7 @@ def test_nothing_is_accepted_before_it_is_whole_and_a_stopped_run_goes_on(tmp_pa
 def test_another_identity_begins_anew(tmp_path):
     interrupted(tmp_path, VALUES, "d", identity="one")
     write(tmp_path, {"x": np.arange(3.0)}, identity="two")
-    assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [SUMS, SINGLE]
     with pytest.raises(FolderError, match="is there already; choose another folder"):
         ShardWriter(tmp_path, 100)
 

@@ -23,6 +23,7 @@ Any field of dsv2_jax/config.py may follow as --config.section.field=value:
   --config.mesh=fsdp=16,expert=8                    devices along data, fsdp, expert, tensor, context; one may be rest
 """
 
+MODELS = "a run folder (its newest checkpoint), one checkpoint, a folder as released, or an id on the Hugging Face Hub"
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
 
 
@@ -131,6 +132,32 @@ def train(config: ExperimentConfig, workdir: str) -> dict:
         return loop.train(config, workdir)
     except (CheckpointError, DataError, FileNotFoundError, loop.TrainingFailed) as error:
         sys.exit(f"{_script()}: error: {error}")
+
+
+def make_mesh(overrides):
+    """The mesh of the last --config.mesh, None without one."""
+    from dsv2_jax import sharding
+
+    return sharding.make_mesh(overrides[-1][1]) if overrides else None
+
+
+def open_model(path: str, dtype: str | None, tokenizer: str | None, mesh):
+    """The model of what --checkpoint names, ready to compute on `mesh` (None: one device), and its tokenizer."""
+    from dsv2_jax.checkpoint import CheckpointError
+    from dsv2_jax.data.tokenizer import Tokenizer
+    from dsv2_jax.hf.pretrained import from_pretrained
+    from dsv2_jax.hf.safetensors import FolderError
+
+    try:
+        model, found = from_pretrained(path, mesh=mesh, dtype=dtype)
+    except (CheckpointError, ConfigError, FolderError) as error:
+        if str(error).startswith("mesh"):
+            raise
+        advice = "train one with: python experiments/quickstart.py"
+        raise ConfigError(f"--checkpoint: {error}; {advice}") from None
+    if tokenizer is None and found is None:
+        raise ConfigError(f"--checkpoint={path}: there is no tokenizer.json with it; name one with --tokenizer=FILE")
+    return model, Tokenizer.load(tokenizer) if tokenizer else found
 
 
 def use_compilation_cache() -> None:

@@ -2,7 +2,8 @@
 
 Either way one tensor at a time is in memory, whatever the model's size. A run that was stopped goes on where it was
 when it is started again; until it is whole, nothing loads what it has written. An import first compares every file with
-the SHA-256 that its download recorded, where it did.
+the SHA-256 that its download recorded, where it did. A checkpoint opens on any mesh; --config.mesh=fsdp=16,expert=8
+names the one it is meant for, and the import ends at once, with what would do, where that cannot hold the model.
 """
 
 import pathlib
@@ -40,7 +41,10 @@ def arguments():
     command.add_argument("--dtype", choices=DTYPES, metavar=dtypes, default="bfloat16", help="default: bfloat16")
     command.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file, such as 500MB; default: 5GB")
     _add_dry_run(command)
-    return common.parse_arguments(parser)
+    flags = common.parse_arguments(parser, fields=("mesh",))
+    if flags.overrides and flags.command == "export":
+        parser.error("--config.mesh: only an import takes one; a published folder is for no mesh")
+    return flags
 
 
 def _add_dry_run(command) -> None:
@@ -55,9 +59,30 @@ def size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
+def check_mesh(text: str, folder: str) -> None:
+    """Raise `ConfigError` where the model published in `folder` cannot lie on the mesh; no devices are needed."""
+    import jax
+
+    from dsv2_jax import sharding
+    from dsv2_jax.hf.config import model_config, read_json
+    from dsv2_jax.model.counting import abstract_model
+
+    shape = sharding.parse_mesh(text)
+    if None in shape.sizes:
+        shape = shape.resolve(jax.device_count())
+    mesh = jax.sharding.AbstractMesh(shape.sizes, sharding.MESH_AXES)
+    file = pathlib.Path(folder) / "config.json"
+    model = model_config(read_json(file), str(file))
+    sharding.check_mesh(mesh, model)
+    sharding.tree_shardings(abstract_model(model), mesh)
+
+
 def convert(flags) -> int:
     from dsv2_jax.hf import convert, pretrained  # imports JAX: only once the command line is known to be right
 
+    source = flags.src if flags.command == "export" else pretrained.local_folder(flags.src) or flags.src
+    if flags.overrides:
+        check_mesh(flags.overrides[-1][1], source)
     with tqdm.tqdm(unit="B", unit_scale=True, disable=flags.dry_run, desc=flags.command) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -66,9 +91,9 @@ def convert(flags) -> int:
 
         options = {"dtype": flags.dtype, "dry_run": flags.dry_run, "progress": progress}
         if flags.command == "export":
-            convert.export_folder(flags.src, flags.dst, shard_bytes=size(flags.shard_size), **options)
+            convert.export_folder(source, flags.dst, shard_bytes=size(flags.shard_size), **options)
             return 0
-        problems = convert.import_folder(pretrained.local_folder(flags.src) or flags.src, flags.dst, **options)
+        problems = convert.import_folder(source, flags.dst, **options)
     if problems:
         raise ConfigError(f"{flags.src}: {len(problems)} problems\n  " + "\n  ".join(problems))
     return 0

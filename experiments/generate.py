@@ -11,17 +11,14 @@ import os
 import sys
 
 import common
-from dsv2_jax.config import DTYPES, ConfigError, check
-
-MODELS = "a run folder (its newest checkpoint), one checkpoint, a folder as released, or an id on the Hugging Face Hub"
-TRAIN = "train one with: python experiments/quickstart.py"
+from dsv2_jax.config import DTYPES, check
 
 
 def arguments():
     example = "python experiments/generate.py --checkpoint=runs/quickstart --prompt='import ' --top_p=0.95"
     parser = common.argument_parser(__doc__, example)
     add = functools.partial(parser.add_argument, metavar="N")
-    add("--checkpoint", required=True, metavar="FOLDER", help=MODELS)
+    add("--checkpoint", required=True, metavar="FOLDER", help=common.MODELS)
     add("--prompt", required=True, action="append", metavar="TEXT", help="may be repeated; - reads standard input")
     add("--max_new_tokens", type=int, default=128, help="default: 128")
     add("--temperature", type=float, default=1.0, metavar="T", help="divides the logits; 0 is greedy; default: 1")
@@ -37,32 +34,6 @@ def arguments():
     return common.parse_arguments(parser, fields=("mesh",))
 
 
-def load(path: str, dtype: str | None, tokenizer: str | None, mesh):
-    """The model, ready to decode on `mesh` (None: one device), and the tokenizer of what --checkpoint names."""
-    from dsv2_jax.checkpoint import CheckpointError
-    from dsv2_jax.data.tokenizer import Tokenizer
-    from dsv2_jax.hf.pretrained import from_pretrained
-    from dsv2_jax.hf.safetensors import FolderError
-
-    try:
-        model, found = from_pretrained(path, mesh=mesh, dtype=dtype)
-    except (CheckpointError, ConfigError, FolderError) as error:
-        raise ConfigError(f"--checkpoint: {error}; {TRAIN}") from None
-    if tokenizer is None and found is None:
-        raise ConfigError(f"--checkpoint={path}: there is no tokenizer.json with it; name one with --tokenizer=FILE")
-    return model, Tokenizer.load(tokenizer) if tokenizer else found
-
-
-def make_mesh(overrides):
-    """The mesh of the last --config.mesh, None without one."""
-    from dsv2_jax import sharding
-
-    mesh = sharding.make_mesh(overrides[-1][1]) if overrides else None
-    if mesh is not None:
-        sharding.check_decoding(mesh)
-    return mesh
-
-
 def main() -> int:
     flags = arguments()
     from dsv2_jax import sharding
@@ -70,8 +41,10 @@ def main() -> int:
 
     check(flags.chat or flags.system is None, "--system", flags.system, "stand beside --chat")
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
-    mesh = make_mesh(flags.overrides)
-    model, tokenizer = load(flags.checkpoint, flags.dtype, flags.tokenizer, mesh)
+    mesh = common.make_mesh(flags.overrides)
+    if mesh is not None:
+        sharding.check_decoding(mesh)
+    model, tokenizer = common.open_model(flags.checkpoint, flags.dtype, flags.tokenizer, mesh)
     with sharding.use(mesh):
         write(model, tokenizer, sampling, flags)
     return 0

@@ -230,14 +230,20 @@ def split(batch: Batch, microbatch_size: int | None) -> Batch:
     return jax.tree.map(lambda x: x.reshape(-1, microbatch_size or x.shape[0], *x.shape[1:]), batch)
 
 
-def evaluate(model, batches: Iterable[Batch]) -> dict[str, float]:
-    """Loss (nats a token) and bits per byte over all of `batches`: sums first, in float64, one division at the end."""
+_EMPTY = "the held-out set is empty: raise data.held_out_share, or set train.evaluation=None"
+
+
+def evaluate(model, batches: Iterable[Batch], empty: str = _EMPTY) -> dict[str, float]:
+    """Loss (nats a token) and bits per byte over all of `batches`: sums first, in float64, one division at the end.
+
+    Raises `ConfigError`, which says `empty`, where there is nothing to predict.
+    """
     nll = weight = size = 0.0
     for batch in batches:
         parts = jax.device_get(dataclasses.replace(evaluate_batch(model, batch), moe=None))
         nll, weight, size = nll + float(parts.nll_sum), weight + float(parts.weight), size + float(parts.bytes)
     if not weight:
-        raise ConfigError("the held-out set is empty: raise data.held_out_share, or set train.evaluation=None")
+        raise ConfigError(empty)
     return {"held_out/loss": nll / weight, "held_out/bits_per_byte": nll / math.log(2) / size, "held_out/bytes": size}
 
 

@@ -55,10 +55,22 @@ def test_there_and_back(src, tmp_path, monkeypatch, capsys):
 
 def test_what_is_imported_is_what_the_generation_script_opens(src, tmp_path, monkeypatch):
     assert run(monkeypatch, "import", src, tmp_path / "ours") == 0
-    load = importlib.import_module("generate").load
-    (model, tokenizer), (expected, _) = (load(str(path), None, None, None) for path in (tmp_path / "ours", src))
+    (model, tokenizer), (expected, _) = (
+        common.open_model(str(path), None, None, None) for path in (tmp_path / "ours", src)
+    )
     jax.tree.map(np.testing.assert_array_equal, model, expected)
     assert tokenizer.encode("some text") == Tokenizer.load(src / "tokenizer.json").encode("some text")
+
+
+def test_a_mesh_that_cannot_hold_the_model_ends_it_at_once(src, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "import", src, tmp_path / "ours", "--config.mesh=expert=5") == 2
+    assert "mesh: expert=5 does not divide routed_experts" in capsys.readouterr().err
+    assert run(monkeypatch, "import", src, tmp_path / "ours", "--config.mesh=fsdp=2,tensor=1024") == 2
+    assert "does not divide" in capsys.readouterr().err
+    assert run(monkeypatch, "export", src, tmp_path / "ours", "--config.mesh=fsdp=2") == 2
+    assert "only an import takes one" in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
+    assert run(monkeypatch, "import", src, tmp_path / "ours", "--config.mesh=fsdp=2") == 0  # of more devices than here
 
 
 def test_a_hub_id_is_downloaded_first(src, tmp_path, monkeypatch):

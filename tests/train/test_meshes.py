@@ -13,6 +13,7 @@ import small_training
 from dsv2_jax import sharding
 from dsv2_jax.config import DroppingConfig, MLAConfig
 from dsv2_jax.model import parallel, router
+from dsv2_jax.model.moe import MoE
 from dsv2_jax.model.transformer import Transformer
 from dsv2_jax.train.loss import cross_entropy
 from dsv2_jax.train.placing import Placing
@@ -105,6 +106,52 @@ def test_no_choice_of_an_expert_is_close():
         unstacked.features(batch.tokens_BT, batch.segments_BT, batch.positions_BT)
     assert len(gaps) == MODEL.moe_layers
     assert min(gaps) > GAP
+
+
+@functools.cache
+def many_tokens():
+    """A MoE layer, inputs whose choices are often close, and in float64: the best experts and the gap to the next."""
+    config = small.change(MODEL, moe__shared_experts=0)
+    layer = MoE(config, jax.random.key(0))
+    y_BTD = np.random.default_rng(0).normal(size=(ROWS, 128, config.dim)).astype(np.float32)
+    score_BTE = y_BTD.astype(np.float64) @ np.asarray(layer.centroids[...], np.float64)
+    score_BTE = np.exp(score_BTE) / np.exp(score_BTE).sum(-1, keepdims=True)
+    return layer, y_BTD, score_BTE
+
+
+def choices_that_differ(text: str, dtype=jnp.float32) -> int:
+    """Tokens whose experts on a mesh are not those that `score_BTE` says, where those are not close."""
+    layer, y_BTD, score_BTE = many_tokens()
+    moe, original, chosen = layer.config, router.route, []
+
+    def route(*arguments, **rest):
+        chosen.append(original(*arguments, **rest))
+        return chosen[-1]
+
+    def choose(layer, y_BTD):
+        layer(y_BTD.astype(dtype).astype(jnp.float32), jnp.ones(y_BTD.shape[:2], bool), training=True)
+        return chosen[-1].expert_BTK
+
+    mesh = sharding.make_mesh(text)
+    with pytest.MonkeyPatch.context() as patch, sharding.use(mesh):
+        patch.setattr(router, "route", route)
+        where = jax.NamedSharding(mesh, sharding.activation_spec("batch", "sequence", None))
+        placed = jax.device_put(layer, sharding.tree_shardings(layer, mesh)), jax.device_put(y_BTD, where)
+        found_BTK = np.sort(jax.jit(choose)(*placed), axis=-1)
+    with jax.enable_x64(True):
+        wider = dataclasses.replace(moe, experts_per_token=moe.experts_per_token + 1)
+        best, ids = map(np.asarray, router.choose(jnp.asarray(score_BTE), wider))
+    clear_BT = best[..., -2] - best[..., -1] > GAP
+    return np.sum(clear_BT & (found_BTK != np.sort(ids[..., :-1], axis=-1)).any(-1))
+
+
+@pytest.mark.parametrize("text", MESHES)
+def test_a_mesh_chooses_the_experts_that_exact_scores_choose(text):
+    assert choices_that_differ(text) == 0
+
+
+def test_rounded_scores_would_be_noticed():
+    assert choices_that_differ(MESHES[-1], jnp.bfloat16) > 0
 
 
 @pytest.mark.slow

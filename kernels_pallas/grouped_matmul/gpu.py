@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import swiglu
+from kernels_pallas.grouped_matmul.differentiable import operations
 from kernels_pallas.mosaic_gpu import WARPGROUP, multiprocessors, not_hopper, varying_as
 from kernels_pallas.select import Target
 from kernels_pallas.sharded import free_axes
@@ -331,9 +331,9 @@ def _widened(codes):
 # --- weights: dw = x^T dy of each expert ------------------------------------------------------------------------------
 
 
-def _weights(x_GD, dy_GF, layout, experts, interpret):
+def _weights(x_GD, dy_GF, layout, w_EDF, interpret):
     """dw_EDF: the sum over an expert's rows of x^T dy, in float32, rounded once."""
-    D, F = x_GD.shape[1], dy_GF.shape[1]
+    experts, D, F = w_EDF.shape
     tall = CONSUMERS * UNIT
     down, across = pl.cdiv(D, tall), pl.cdiv(F, COLUMNS)
     units_E = _units(layout, experts)
@@ -376,55 +376,4 @@ def _weights(x_GD, dy_GF, layout, experts, interpret):
 # --- the op -----------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul(x_GD, w_EDF, layout, interpret=False):
-    return _rows([x_GD], [w_EDF], layout, lambda y: (y,), 1, interpret)[0]
-
-
-def _matmul_forward(x_GD, w_EDF, layout, interpret):
-    return grouped_matmul(x_GD, w_EDF, layout, interpret), (x_GD, w_EDF, layout)
-
-
-def _matmul_backward(interpret, residuals, dy_GF):
-    x_GD, w_EDF, layout = residuals
-    (dx_GD,) = _rows([dy_GF], [w_EDF], layout, lambda dx: (dx,), 1, interpret, transposed=True)
-    return dx_GD, _weights(x_GD, dy_GF, layout, len(w_EDF), interpret), None
-
-
-grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def _silu_times(a, b):
-    return a * jax.nn.sigmoid(a) * b
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def grouped_swiglu(x_GD, gate_EDF, up_EDF, layout, interpret=False):
-    """One pass: the rows are read once for both matrices, and only h is written."""
-    return _rows([x_GD], [gate_EDF, up_EDF], layout, lambda a, b: (_silu_times(a, b),), 1, interpret)[0]
-
-
-def _swiglu_forward(x_GD, gate_EDF, up_EDF, layout, interpret):
-    def epilogue(a, b):
-        return _silu_times(a, b), a, b
-
-    h_GF, a_GF, b_GF = _rows([x_GD], [gate_EDF, up_EDF], layout, epilogue, 3, interpret)
-    return h_GF, (x_GD, gate_EDF, up_EDF, layout, a_GF, b_GF)
-
-
-def _swiglu_backward(interpret, residuals, dh_GF):
-    x_GD, gate_EDF, up_EDF, layout, a_GF, b_GF = residuals
-    da_GF, db_GF = swiglu.gradients(a_GF, b_GF, dh_GF)
-    both = [da_GF, db_GF], [gate_EDF, up_EDF]
-    (dx_GD,) = _rows(*both, layout, lambda dx: (dx,), 1, interpret, transposed=True)
-    dgate, dup = (_weights(x_GD, dy, layout, len(w), interpret) for dy, w in zip(*both))
-    return dx_GD, dgate, dup, None
-
-
-grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
-
-
-def quantised(which: str, x_GD, weights, scales_EF, layout, interpret=False):
-    """`grouped_matmul` or `grouped_swiglu` by weights of one byte, which stay so until they are on the chip."""
-    epilogue = _silu_times if which == "grouped_swiglu" else lambda y: y
-    return _rows([x_GD], weights, layout, lambda *y: (epilogue(*y),), 1, interpret, scales=scales_EF)[0]
+grouped_matmul, grouped_swiglu, quantised = operations(_rows, _weights, lambda dx: dx)

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.latent_attention.paged import in_one_piece
 from kernels_pallas.mosaic_gpu import multiprocessors, not_hopper
 from kernels_pallas.select import Target
-from kernels_pallas.sharded import free_axes, kernel_output, over_mesh
+from kernels_pallas.sharded import free_axes, kernel_output
 
 ROWS = KEYS = ROPE = 64  # rows of a block; keys of a tile; lanes of the rotary part, zeros beyond its width
 SHARED_MEMORY = 227 << 10  # bytes of a block
@@ -380,13 +381,4 @@ def paged_latent_attention(
     return o_UMR.reshape(B, blocks * ROWS, R)[:, : T * N].reshape(B, T, N, R)
 
 
-def latent_attention(q_BTNC, cache_BSC, offset_B, value_dim, scale, interpret=False):
-    """A cache that is not paged is one whose pages lie in order."""
-
-    def attend(q_BTNC, cache_BSC, offset_B):
-        (B, S, C), page = cache_BSC.shape, _page_of(cache_BSC.shape[1])
-        pages = cache_BSC.reshape(B * S // page, page, C)
-        table_BP = jnp.arange(B * S // page, dtype=jnp.int32).reshape(B, S // page)
-        return paged_latent_attention(q_BTNC, pages, table_BP, offset_B, value_dim, scale, interpret=interpret)
-
-    return over_mesh(attend, (q_BTNC, cache_BSC, offset_B), ("b.n.", "b..", "b"), "b.n.")
+latent_attention = in_one_piece(paged_latent_attention, _page_of)

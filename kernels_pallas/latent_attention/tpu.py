@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.latent_attention.paged import in_one_piece
 from kernels_pallas.select import Target, target
-from kernels_pallas.sharded import free_axes, kernel_output, over_mesh
+from kernels_pallas.sharded import free_axes, kernel_output
 
 LANES = 128
 VMEM_LIMIT = 48 << 20  # bytes; v5p has 64 MiB, v5e and v6e 128
@@ -245,13 +246,4 @@ def paged_latent_attention(
     return o_UMR[:, : queries * N].reshape(B, blocks * queries, N, R)[:, :T]
 
 
-def latent_attention(q_BTNC, cache_BSC, offset_B, value_dim, scale, interpret=False):
-    """A cache that is not paged is one whose pages lie in order."""
-
-    def attend(q_BTNC, cache_BSC, offset_B):
-        (B, S, C), page = cache_BSC.shape, _page_of(cache_BSC.shape[1])
-        pages = cache_BSC.reshape(B * S // page, page, C)
-        table_BP = jnp.arange(B * S // page, dtype=jnp.int32).reshape(B, S // page)
-        return paged_latent_attention(q_BTNC, pages, table_BP, offset_B, value_dim, scale, interpret=interpret)
-
-    return over_mesh(attend, (q_BTNC, cache_BSC, offset_B), ("b.n.", "b..", "b"), "b.n.")
+latent_attention = in_one_piece(paged_latent_attention, _page_of)

@@ -79,7 +79,7 @@ def test_a_planted_defect_is_far_outside_the_tolerance(defect, monkeypatch):
 
     def gradient():
         with interpreter() as interpret:
-            return tpu._weights(x_GD, weight_GF, layout, len(w_EDF), jnp.float32, interpret)
+            return tpu._weights(x_GD, weight_GF, layout, w_EDF, interpret)
 
     expected = jax.grad(lambda w: jnp.sum(reference.grouped_matmul(x_GD, w, layout) * weight_GF))(w_EDF)
     monkeypatch.setattr(tpu, "_visits", wrong)

@@ -4,16 +4,22 @@ Everything of the run but its place is in --config. A run folder that already ho
 same config, exactly where it stopped.
 """
 
+import argparse
+
 import common
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     example = "python experiments/pretrain.py --config=experiments/configs/quickstart.py --workdir=runs/first"
     parser = common.argument_parser(f"{__doc__}\n{common.OVERRIDES}", f"{example} --config.train.steps=100")
     parser.add_argument("--config", required=True, metavar="FILE", help="the experiment, a .py or .json file")
     parser.add_argument("--workdir", required=True, metavar="FOLDER", help="the run folder: made, or resumed")
     common.add_process_flags(parser)
-    arguments = common.parse_arguments(parser)
+    return common.parse_arguments(parser, argv)
+
+
+def main() -> None:
+    arguments = parse()
     config = common.load_config(arguments.config, arguments.overrides)
     common.start_processes(arguments)
     common.train(config, arguments.workdir)

@@ -1,7 +1,8 @@
 """Pre-train a DeepSeek-V2 shaped model: data, training, held-out evaluation, checkpoints, metrics, a report with plots.
 
 Everything of the run but its place is in --config. A run folder that already holds a checkpoint is resumed, with the
-same config, exactly where it stopped.
+same config, exactly where it stopped. One of several processes that a signal stops early ends with exit code 143, once
+it has saved, so that what started it starts it again.
 """
 
 import argparse
@@ -18,11 +19,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return common.parse_arguments(parser, argv)
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse()
     config = common.load_config(arguments.config, arguments.overrides)
     common.start_processes(arguments)
-    common.train(config, arguments.workdir)
+    result = common.train(config, arguments.workdir)
 
     import jax
 
@@ -30,6 +31,7 @@ def main() -> None:
 
     if jax.process_index() == 0:
         print(f"report: {write_report(arguments.workdir)}")
+    return common.exit_code(arguments, config, result)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import pretrain
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -81,6 +82,21 @@ def test_the_recipes_of_the_report(name, tokens, peak, batches, decay):
 def test_the_data_of_a_large_config_must_be_named():
     with pytest.raises(ConfigError, match=r"^data.sources.0.paths=\(\): must name .* --config.data.sources.0.paths="):
         common.load_config(EXPERIMENTS / "configs" / "v2.py")
+
+
+@pytest.mark.parametrize(
+    ("flags", "step", "code"),
+    [
+        (["--distributed"], 799, 143),
+        (["--distributed"], 800, 0),
+        (["--coordinator=a:1", "--processes=2", "--process=0"], 1, 143),
+        ([], 799, 0),
+    ],
+)
+def test_a_job_that_a_signal_stopped_does_not_count_as_finished(flags, step, code):
+    config = common.load_config(QUICK)
+    found = pretrain.parse([f"--config={QUICK}", "--workdir=w", *flags])
+    assert common.exit_code(found, config, {"step": step}) == code
 
 
 def test_overrides_are_collected_in_order():

@@ -58,11 +58,12 @@ def test_the_killed_process_is_named_though_another_ended_with_it(end):
     assert "process 1 of 2 was killed by SIGKILL" in error
 
 
-def test_a_signal_reaches_all(tmp_path):
+@pytest.mark.parametrize("code", [0, 143])
+def test_a_signal_reaches_all(tmp_path, code):
     code = (
         "import signal, sys, time, pathlib\n"
         f"place = pathlib.Path({str(tmp_path)!r}) / sys.argv[-1][-1]\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (place.with_suffix('.saved').touch(), sys.exit(0)))\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (place.with_suffix('.saved').touch(), sys.exit({code})))\n"
         "place.touch()\ntime.sleep(100)"
     )
     job = start("--processes=2", code=code)

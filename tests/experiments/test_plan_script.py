@@ -121,3 +121,13 @@ def test_a_compiled_plan_tells_what_is_sent(capsys, step):
     assert made["collectives"]["by_kind"]["all-gather"]["wire_bytes"] > 0
     assert made["memory"]["fits"]
     assert made["compile_seconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason='needs libtpu: pip install -e ".[tpu]"')
+def test_a_search_compiles_the_best_three(capsys):
+    plan.main(["--preset=tiny", "--topology=v5p:2x2x1", "--search", "--seq=256", "--json"])
+    made = json.loads(capsys.readouterr().out)
+    assert [one["mesh"] for one in made["best"]] == [one["mesh"] for one in made["ranked"][:3]]
+    assert all(one["compiled"] for one in made["best"])
+    assert not any(one["compiled"] for one in made["ranked"])

@@ -93,7 +93,7 @@ def commands(name: str) -> list[list[str]]:
         line = line[: line.rindex('"')] if line.count('"') % 2 else line  # inside of another command's quotes
         for submitted in re.findall(r"sbatch .*slurm\.sbatch (.*)", text):
             line = line.replace('"$@"', submitted)
-        found.append(shlex.split(string.Template(line).safe_substitute(values)))
+        found.append(shlex.split(string.Template(line).safe_substitute(values), comments=True))
     return found
 
 
@@ -120,6 +120,17 @@ def test_what_the_templates_start_is_a_run_that_fits_its_devices(name, counts, m
         batch, length = config.train.microbatch_size, config.train.sequence_length
         sharding.check_mesh(mesh, config.model, batch_size=batch, sequence_length=length)
         assert batch // devices <= 8  # what experiments/plan.py says fits
+
+
+def test_what_the_readme_starts_is_a_run(monkeypatch):
+    monkeypatch.chdir(LAUNCH.parents[1])
+    found = [pretrain.parse(words) for words in commands("../../README.md")]
+    configs = [common.load_config(flags.config, flags.overrides) for flags in found]
+    assert any(config.mesh for config in configs)
+    for config in configs:
+        shape = sharding.parse_mesh(config.mesh or "data=1")
+        mesh, batch = AbstractMesh(shape.sizes, sharding.MESH_AXES), config.train.microbatch_size
+        sharding.check_mesh(mesh, config.model, batch_size=batch, sequence_length=config.train.sequence_length)
 
 
 def test_the_topology_of_the_jobset_has_its_chips():

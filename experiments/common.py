@@ -24,6 +24,7 @@ Any field of dsv2_jax/config.py may follow as --config.section.field=value:
 """
 
 MODELS = "a run folder (its newest checkpoint), one checkpoint, a folder as released, or an id on the Hugging Face Hub"
+STOPPED = 128 + 15  # the exit code of a program that SIGTERM has ended
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
 
 
@@ -132,6 +133,12 @@ def train(config: ExperimentConfig, workdir: str) -> dict:
         return loop.train(config, workdir)
     except (CheckpointError, DataError, FileNotFoundError, loop.TrainingFailed) as error:
         sys.exit(f"{_script()}: error: {error}")
+
+
+def exit_code(arguments: argparse.Namespace, config: ExperimentConfig, result: dict) -> int:
+    """0; or STOPPED where a signal stopped a run of several processes early: a scheduler is to start it again."""
+    several = arguments.distributed or arguments.coordinator is not None
+    return STOPPED if several and result["step"] < config.train.steps else 0
 
 
 def make_mesh(overrides):

@@ -28,15 +28,23 @@ def main(argv: list[str] | None = None) -> None:
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets.MODELS)}")
-    which.add_argument("--config", metavar="FILE", help="an experiment; its model and sequence length are planned")
+    which.add_argument("--config", metavar="FILE", help="an experiment: its model and sequence length, not its batch")
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5p:4x4x8, v5e:4x8, h800:8x256 ...")
     parser.add_argument("--mesh", metavar="AXES", help="such as fsdp=16,expert=8; one axis may be `rest`")
-    parser.add_argument("--search", action="store_true", help="rank all meshes, and compile the best three")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="rank the meshes of data, fsdp, expert and tensor (never context), and compile the best three",
+    )
     parser.add_argument(
         "--seq", type=int, metavar="T", help="tokens a sequence, or of the cache (at most 4096, or the config's)"
     )
     parser.add_argument(
-        "--batch-per-device", type=int, default=1, metavar="B", help="sequences of each device (default: %(default)s)"
+        "--batch-per-device",
+        type=int,
+        default=1,
+        metavar="B",
+        help="sequences of each device; what is planned is one microbatch, no accumulation (default: %(default)s)",
     )
     parser.add_argument("--remat", choices=["none", "dots", "full"], help="(default: the model's)")
     parser.add_argument("--decode", action="store_true", help="the decoding step, not the training step")
@@ -52,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--search ranks training steps; give --decode a --mesh")
     if arguments.preset and arguments.overrides:
         raise ConfigError(f"--config.{arguments.overrides[0][0]} needs a --config=FILE that it changes")
+    if any(field == "mesh" for field, _ in arguments.overrides):
+        raise ConfigError("--config.mesh: a plan takes its mesh from --mesh=AXES, or tries many with --search")
     os.environ.update(ENVIRONMENT)
 
     from dsv2_jax import sharding
@@ -86,7 +96,7 @@ def _model(arguments):
         model = presets.get(arguments.preset)
         length = min(4096, model.max_length)
     else:
-        config = common.load_config(arguments.config, arguments.overrides)
+        config = common.load_config(arguments.config, [("data.sources.0.paths", "unread"), *arguments.overrides])
         model, length = config.model, config.train.sequence_length
     if arguments.remat:
         model = dataclasses.replace(model, compute=dataclasses.replace(model.compute, remat=arguments.remat))
@@ -99,7 +109,7 @@ def _model(arguments):
 def text(plan, preset: str | None = None) -> str:
     """A plan as a page."""
     job, chip, estimate = plan.job, plan.topology.chip, plan.estimate
-    what = f"a cache of {job.length} tokens" if plan.decoding else f"{job.length} tokens"
+    what = f"a cache of {job.length} tokens" if plan.decoding else f"{job.length} tokens, one microbatch"
     lines = [
         f"{'decoding' if plan.decoding else 'training'} step on {plan.topology} ({job.devices} devices), "
         f"mesh {job.mesh}, {job.batch} sequences of {what}"

@@ -34,7 +34,7 @@ def send_when_reading(number: int) -> None:
     TrainIterator.next = next
 
 
-def main() -> None:
+def main() -> int:
     parser = common.argument_parser(__doc__, "")
     parser.add_argument("folder", type=Path)
     parser.add_argument("mesh")
@@ -45,7 +45,10 @@ def main() -> None:
     common.start_processes(flags)
     if flags.signal and flags.process == 1:
         send_when_reading(flags.signal)
-    common.train(experiment(flags.folder, flags.mesh, flags.steps), str(flags.folder / "run"))
+    config = experiment(flags.folder, flags.mesh, flags.steps)
+    code = common.exit_code(flags, config, common.train(config, str(flags.folder / "run")))
+    print(f"exit code {code}")
+    return code
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ class Plan:
             "sequence": self.job.length,
             "batch": self.job.batch,
             "tokens_per_step": self.tokens,
+            "microbatches": 1,  # nothing is accumulated
             "chip": dataclasses.asdict(self.topology.chip),
             "compiled": self.compiled is not None,
             "not_compiled": self.not_compiled,

@@ -65,6 +65,8 @@ def train(
 ) -> dict:
     """Train `config` in the folder `workdir` to its end, from the newest checkpoint there; returns `summary(workdir)`.
 
+    Its "step" is the last one done, less than `train.steps` where a signal stopped the run.
+
     The folder then holds config.json, checkpoints/, metrics.jsonl and tensorboard/ (and data/, unless `data` is given).
     `matmul_rate`: FLOP/s that count as full utilisation; None measures it. SIGTERM or Ctrl-C saves and returns early.
     Several processes call it alike, with one folder that all see; a signal to any of them stops all.
@@ -91,7 +93,7 @@ def train(
         start = 0 if restored is None else restored.step
         if start >= settings.steps:
             say(f"{workdir}: this run is complete ({start} steps); raise train.steps to go on")
-            return summary(workdir)
+            return summary(workdir) | {"step": start}
         if restored is None:
             state = new_state(config, mesh)
         else:
@@ -164,7 +166,7 @@ def train(
                 say(f"stopped by {who} after step {done}. {_kept(checkpoints)} The same command goes on.")
                 break
         checkpoints.wait()
-    return summary(workdir)
+    return summary(workdir) | {"step": done}
 
 
 def summary(workdir: str | Path) -> dict:

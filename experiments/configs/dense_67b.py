@@ -4,7 +4,8 @@ Source: the DeepSeek LLM report (arXiv 2401.02954), section 2: 2T tokens in sequ
 3.2e-4, 2000 warmup steps, multiplied by 0.316 after 80% and 90% of the tokens; batches of 4608 sequences.
 Expected: 2.7 times V2's training FLOPs per token (experiments/describe.py); MMLU 71.3 (5-shot).
 
-The data are yours: --config.data.sources.0.paths='/corpus/*.parquet'.
+The data are yours: --config.data.sources.0.paths='/corpus/*.parquet'. The 64 sequences computed at once are one for
+each device of v5p:4x4x4 with --config.mesh=fsdp=64.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ def get_config() -> ConfigDict:
                 steps=2000 * 10**9 // (SEQUENCE * BATCH),
                 sequence_length=SEQUENCE,
                 batch_size=BATCH,
-                microbatch_size=576,
+                microbatch_size=64,
                 optimizer=dict(peak_lr=3.2e-4, warmup_steps=2000, decay_at=(0.8, 0.9), decay_factor=0.316),
                 checkpoint=dict(every=500, keep_every=10_000),
             ),

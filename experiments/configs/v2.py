@@ -6,7 +6,8 @@ sequences over the first 225B tokens; balance coefficients 0.003, 0.05, 0.02; to
 of the sequences protected.
 Expected, with the report's data: MMLU 78.5 (5-shot), Pile test 0.606 bits per byte.
 
-The data are yours: --config.data.sources.0.paths='/corpus/*.parquet'.
+The data are yours: --config.data.sources.0.paths='/corpus/*.parquet'. The 128 sequences computed at once are one for
+each device of v5p:4x4x8 with --config.mesh=fsdp=16,expert=8.
 """
 
 from ml_collections import ConfigDict
@@ -15,8 +16,8 @@ from dsv2_jax import config_io, presets
 
 SEQUENCE = 4096
 RAMP = 225 * 10**9 // SEQUENCE  # sequences
-SIZES = (2304, 4032, 5760, 7488)  # of the ramp's four stages; then 9216
-STEPS = sum(RAMP // 4 // size for size in SIZES) + (8100 * 10**9 // SEQUENCE - RAMP) // 9216
+SIZES = (2304, 4608, 6912)  # of the ramp's three stages; then 9216
+STEPS = sum(RAMP // 3 // size for size in SIZES) + (8100 * 10**9 // SEQUENCE - RAMP) // 9216
 
 
 def get_config() -> ConfigDict:
@@ -29,8 +30,8 @@ def get_config() -> ConfigDict:
                 steps=STEPS,
                 sequence_length=SEQUENCE,
                 batch_size=9216,
-                microbatch_size=576,
-                batch_ramp=dict(start=2304, sequences=RAMP, stages=4),
+                microbatch_size=128,
+                batch_ramp=dict(start=2304, sequences=RAMP, stages=3),
                 optimizer=dict(peak_lr=2.4e-4, warmup_steps=2000, decay_at=(0.6, 0.9), decay_factor=0.316),
                 checkpoint=dict(every=500, keep_every=10_000),
             ),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+STOPPED = 128 + signal.SIGTERM  # saved and stopped by a signal
 EXAMPLE = """\
 example, two processes of two virtual CPU devices each:
   python experiments/launch/local.py --processes=2 --cpu_devices=2 -- \\
@@ -57,10 +58,10 @@ def wait(children: list[subprocess.Popen], seconds: float) -> bool:
 
 
 def watch(children: list[subprocess.Popen], grace: float) -> int:
-    """0 when all have ended well; 1, and a message, when one has not."""
+    """0 when all have ended well, or saved and stopped as they were asked to; 1, and a message, when one has not."""
     while True:
         codes = [child.poll() for child in children]
-        failed = [i for i, code in enumerate(codes) if code]
+        failed = [i for i, code in enumerate(codes) if code not in (None, 0, STOPPED)]
         if failed:
             break
         if None not in codes:

@@ -3,18 +3,23 @@
 import argparse
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
+import pretrain
 import pytest
+from jax.sharding import AbstractMesh
 
 import common
-from dsv2_jax import config_io, presets
+from dsv2_jax import config_io, presets, sharding
 from dsv2_jax.config import ConfigError
+from dsv2_jax.planning import hardware
 from dsv2_jax.train import optimizer
 
 EXPERIMENTS = pathlib.Path(common.__file__).parent
 CONFIGS = sorted((EXPERIMENTS / "configs").glob("*.py"))
+LARGE = [EXPERIMENTS / "configs" / f"{name}.py" for name in ("v2", "v2_lite", "dense_67b")]
 QUICK = EXPERIMENTS / "configs" / "quickstart.py"
 
 
@@ -41,10 +46,22 @@ def test_every_config_is_valid_states_its_source_and_survives_json(path, tmp_pat
     assert common.load_config(tmp_path / "config.json") == experiment
 
 
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_the_mesh_that_a_large_config_names_can_run_it(path):
+    topology, text = re.search(r"(v5p:\w+) with --config\.mesh=([\w=,]+)", path.read_text()).groups()
+    config = common.load_config(path, [("data.sources.0.paths", "x"), ("mesh", text)])
+    shape = sharding.parse_mesh(config.mesh).resolve(hardware.parse_topology(topology).devices)
+    mesh = AbstractMesh(shape.sizes, sharding.MESH_AXES)
+    length = config.train.sequence_length
+    for size in optimizer.batch_schedule(config.train).size:
+        assert size % config.train.microbatch_size == 0
+    sharding.check_mesh(mesh, config.model, batch_size=config.train.microbatch_size, sequence_length=length)
+
+
 @pytest.mark.parametrize(
     ("name", "tokens", "peak", "batches", "decay"),
     [
-        ("v2", 8.1e12, 2.4e-4, (2304, 4032, 5760, 7488, 9216), (0.6, 0.9)),
+        ("v2", 8.1e12, 2.4e-4, (2304, 4608, 6912, 9216), (0.6, 0.9)),
         ("v2_lite", 5.7e12, 4.2e-4, (4608,), (0.8, 0.9)),
         ("dense_67b", 2.0e12, 3.2e-4, (4608,), (0.8, 0.9)),
     ],
@@ -65,6 +82,21 @@ def test_the_recipes_of_the_report(name, tokens, peak, batches, decay):
 def test_the_data_of_a_large_config_must_be_named():
     with pytest.raises(ConfigError, match=r"^data.sources.0.paths=\(\): must name .* --config.data.sources.0.paths="):
         common.load_config(EXPERIMENTS / "configs" / "v2.py")
+
+
+@pytest.mark.parametrize(
+    ("flags", "step", "code"),
+    [
+        (["--distributed"], 799, 143),
+        (["--distributed"], 800, 0),
+        (["--coordinator=a:1", "--processes=2", "--process=0"], 1, 143),
+        ([], 799, 0),
+    ],
+)
+def test_a_job_that_a_signal_stopped_does_not_count_as_finished(flags, step, code):
+    config = common.load_config(QUICK)
+    found = pretrain.parse([f"--config={QUICK}", "--workdir=w", *flags])
+    assert common.exit_code(found, config, {"step": step}) == code
 
 
 def test_overrides_are_collected_in_order():

@@ -1,13 +1,24 @@
-"""The local launcher, with children that need no JAX; the templates, as text."""
+"""The local launcher, with children that need no JAX; the templates: what they start, and what JAX makes of Slurm."""
 
+import math
 import os
+import re
+import shlex
 import signal
+import socket
+import string
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pretrain
 import pytest
+import yaml
+from jax.sharding import AbstractMesh
+
+import common
+from dsv2_jax import sharding
 
 LAUNCH = Path(__file__).parents[2] / "experiments" / "launch"
 
@@ -47,11 +58,12 @@ def test_the_killed_process_is_named_though_another_ended_with_it(end):
     assert "process 1 of 2 was killed by SIGKILL" in error
 
 
-def test_a_signal_reaches_all(tmp_path):
+@pytest.mark.parametrize("code", [0, 143])
+def test_a_signal_reaches_all(tmp_path, code):
     code = (
         "import signal, sys, time, pathlib\n"
         f"place = pathlib.Path({str(tmp_path)!r}) / sys.argv[-1][-1]\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (place.with_suffix('.saved').touch(), sys.exit(0)))\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (place.with_suffix('.saved').touch(), sys.exit({code})))\n"
         "place.touch()\ntime.sleep(100)"
     )
     job = start("--processes=2", code=code)
@@ -68,28 +80,90 @@ def test_a_command_is_needed():
     assert "write the command after --" in job.stderr
 
 
-@pytest.mark.parametrize("name", ["slurm.sbatch", "gke_jobset.yaml", "sky.yaml"])
-def test_templates_use_flags_and_files_that_exist(name):
+def commands(name: str) -> list[list[str]]:
+    """The words after experiments/pretrain.py, for every time a template starts it, its variables filled in."""
+    text = re.sub(r" # <-.*", "", (LAUNCH / name).read_text())
+    text = re.sub(r"\s*\\\n[ #]*", " ", text)  # lines that go on
+    text = re.sub(r"\n +- (?=--)", " ", text)  # a list in YAML
+    values = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    if name == "sky.yaml":
+        values |= yaml.safe_load((LAUNCH / name).read_text())["envs"]
+    found = []
+    for line in re.findall(r"experiments/pretrain\.py (.*)", text):
+        line = line[: line.rindex('"')] if line.count('"') % 2 else line  # inside of another command's quotes
+        for submitted in re.findall(r"sbatch .*slurm\.sbatch (.*)", text):
+            line = line.replace('"$@"', submitted)
+        found.append(shlex.split(string.Template(line).safe_substitute(values), comments=True))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("slurm.sbatch", [r"sbatch --nodes=(\d+)", r"--gpus-per-node=(\d+)"]),
+        ("gke_jobset.yaml", [r"completions: (\d+)", r"google.com/tpu: (\d+)"]),
+        ("sky.yaml", [r"num_nodes: (\d+)", r"accelerators: \w+:(\d+)"]),
+    ],
+)
+def test_what_the_templates_start_is_a_run_that_fits_its_devices(name, counts, monkeypatch):
+    monkeypatch.chdir(LAUNCH.parents[1])
     text = (LAUNCH / name).read_text()
-    root = LAUNCH.parents[1]
-    scripts = {
-        word for word in text.replace('"', " ").split() if word.startswith("experiments/") and word.endswith(".py")
-    }
-    configs = {word.split("=", 1)[1] for word in text.split() if word.startswith("--config=experiments")}
-    assert scripts
-    assert all((root / path).is_file() for path in scripts | configs)
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    pretrain = [sys.executable, root / "experiments/pretrain.py", "--help"]
-    usage = subprocess.run(pretrain, capture_output=True, text=True, env=environment).stdout
-    flags = {word.split("=")[0].strip('"\\') for word in text.split() if word.startswith("--")}
-    ours = flags & {
-        "--distributed",
-        "--coordinator",
-        "--processes",
-        "--process",
-        "--heartbeat",
-        "--config",
-        "--workdir",
-    }
-    assert "--workdir" in ours
-    assert all(flag in usage for flag in ours)
+    devices = math.prod(int(re.search(count, text)[1]) for count in counts)
+    assert commands(name)
+    for words in commands(name):
+        flags = pretrain.parse(words)
+        place = (flags.coordinator, flags.processes, flags.process)
+        assert None not in place or (flags.distributed and place == (None,) * 3)
+        config = common.load_config(flags.config, flags.overrides)
+        shape = sharding.parse_mesh(config.mesh).resolve(devices)
+        mesh = AbstractMesh(shape.sizes, sharding.MESH_AXES)
+        batch, length = config.train.microbatch_size, config.train.sequence_length
+        sharding.check_mesh(mesh, config.model, batch_size=batch, sequence_length=length)
+        assert batch // devices <= 8  # what experiments/plan.py says fits
+
+
+def test_what_the_readme_starts_is_a_run(monkeypatch):
+    monkeypatch.chdir(LAUNCH.parents[1])
+    found = [pretrain.parse(words) for words in commands("../../README.md")]
+    configs = [common.load_config(flags.config, flags.overrides) for flags in found]
+    assert any(config.mesh for config in configs)
+    for config in configs:
+        shape = sharding.parse_mesh(config.mesh or "data=1")
+        mesh, batch = AbstractMesh(shape.sizes, sharding.MESH_AXES), config.train.microbatch_size
+        sharding.check_mesh(mesh, config.model, batch_size=batch, sequence_length=config.train.sequence_length)
+
+
+def test_the_topology_of_the_jobset_has_its_chips():
+    text = (LAUNCH / "gke_jobset.yaml").read_text()
+    sides = re.search(r"tpu-topology: ([\dx]+)", text)[1].split("x")
+    hosts = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert hosts["parallelism"] == hosts["completions"] == math.prod(map(int, sides)) // 4
+    assert f"v5p-{2 * math.prod(map(int, sides))}" in text  # named by its cores
+
+
+@pytest.mark.parametrize(("exporting", "visible"), [(True, "0,1,2,3"), (False, "0")])
+def test_processes_find_each_other_through_slurm_and_see_all_devices_of_their_node(exporting, visible):
+    """JAX takes one device a process from Slurm's variables, unless the template names them all."""
+    exports = [line for line in (LAUNCH / "slurm.sbatch").read_text().splitlines() if line.startswith("export JAX")]
+    code = (
+        "import common, argparse, jax\nparser = argparse.ArgumentParser()\ncommon.add_process_flags(parser)\n"
+        "common.start_processes(parser.parse_args(['--distributed']))\n"
+        "print(jax.process_index(), jax.process_count(), jax.config.read('jax_cuda_visible_devices'))"
+    )
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": f"{LAUNCH.parents[1]}:{LAUNCH.parent}", "JAX_PLATFORMS": "cpu"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    environment |= {"SLURM_GPUS_ON_NODE": "4", "JAX_COORDINATOR_PORT": str(port)}
+    script = "\n".join([*(exports if exporting else []), 'exec "$0" -c "$1"'])
+    children = [
+        subprocess.Popen(
+            ["bash", "-c", script, sys.executable, code],
+            env=environment | {"SLURM_PROCID": str(i)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    assert [child.communicate(timeout=120)[0].split() for child in children] == [[str(i), "2", visible] for i in (0, 1)]

@@ -12,6 +12,7 @@ import pytest
 
 import common
 from dsv2_jax.config import ConfigError
+from dsv2_jax.model import counting
 
 EXPERIMENTS = pathlib.Path(common.__file__).parent
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -45,8 +46,25 @@ def test_as_a_program_it_prints_one_json_object():
 def test_a_page(capsys):
     plan.main([*V2_ON_H800, "--seq=2048", "--batch-per-device=2", "--remat=dots"])
     page = capsys.readouterr().out
-    for part in ("256 sequences of 2048 tokens", "DOES NOT FIT", "dispatch and combine", "cheaper here", "172,800"):
+    for part in (
+        "256 sequences of 2048 tokens, one microbatch",
+        "DOES NOT FIT",
+        "dispatch and combine",
+        "cheaper here",
+        "172,800",
+    ):
         assert part in page
+
+
+@pytest.mark.parametrize("path", sorted((EXPERIMENTS / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_a_config_is_planned_without_its_data(path, capsys):
+    plan.main([f"--config={path}", "--topology=h100:8", "--mesh=fsdp=8", "--json"])
+    made = json.loads(capsys.readouterr().out)
+    model = common.load_config(path, model_only=True)
+    parameters = 4 * counting.parameters(model).total / 8
+    assert made["memory"]["categories"]["parameters"] == pytest.approx(parameters, rel=0.02)
+    assert made["batch"] == 8
+    assert made["microbatches"] == 1
 
 
 def test_search_ranks_meshes(capsys):
@@ -70,6 +88,10 @@ def test_decoding_counts_weights_and_cache_once(capsys):
         (["--preset=v2", "--topology=v9:2x2", "--mesh=fsdp=4"], "there are v4:4x4x8, v5e:4x8, v5p:4x4x8"),
         (["--preset=v2", "--topology=h800:8", "--mesh=fsdp=4"], "takes 4 devices and there are 8"),
         (["--preset=v2", "--topology=h800:8", "--mesh=fsdp=8", "--seq=8192"], "max_length=4096"),
+        (
+            [f"--config={EXPERIMENTS / 'configs/v2.py'}", "--topology=h800:8", "--mesh=fsdp=8", "--config.mesh=data=8"],
+            "--config.mesh: a plan takes its mesh from --mesh=AXES",
+        ),
     ],
 )
 def test_errors_name_the_remedy(arguments, complaint):
@@ -99,3 +121,13 @@ def test_a_compiled_plan_tells_what_is_sent(capsys, step):
     assert made["collectives"]["by_kind"]["all-gather"]["wire_bytes"] > 0
     assert made["memory"]["fits"]
     assert made["compile_seconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason='needs libtpu: pip install -e ".[tpu]"')
+def test_a_search_compiles_the_best_three(capsys):
+    plan.main(["--preset=tiny", "--topology=v5p:2x2x1", "--search", "--seq=256", "--json"])
+    made = json.loads(capsys.readouterr().out)
+    assert [one["mesh"] for one in made["best"]] == [one["mesh"] for one in made["ranked"][:3]]
+    assert all(one["compiled"] for one in made["best"])
+    assert not any(one["compiled"] for one in made["ranked"])

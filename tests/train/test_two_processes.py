@@ -103,6 +103,7 @@ def test_a_signal_to_one_process_saves_and_stops_both(text, tmp_path):
     shutil.copytree(text[0] / "text", tmp_path / "text")
     stopped = launch(tmp_path, "data=2", 12, f"--signal={signal.SIGTERM:d}")
     assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout.count("exit code 143") == 2
     step = int(re.search(r"stopped by a signal to another process after step (\d+)\.", stopped.stdout)[1])
     assert 5 <= step <= 7
     assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()

@@ -169,11 +169,17 @@ def check(config: ModelConfig, folder, tied: bool = False) -> list[str]:
     for key, shape in shapes.items():
         if key not in present:
             continue
+        where = _where(key, folder)
         if tuple(folder.shape(key)) != shape:
-            problems.append(f"{key}: has shape {list(folder.shape(key))}, config.json says {list(shape)}")
+            problems.append(f"{where}: has shape {list(folder.shape(key))}, config.json says {list(shape)}")
         if str(folder.dtype(key)) not in DTYPES:
-            problems.append(f"{key}: has dtype {folder.dtype(key)}; it must be one of {', '.join(DTYPES)}")
-    return problems + [_extra(key, tied) for key in sorted(present - shapes.keys()) if not _belongs(key, shapes)]
+            problems.append(f"{where}: has dtype {folder.dtype(key)}; it must be one of {', '.join(DTYPES)}")
+    extra = sorted(key for key in present - shapes.keys() if not _belongs(key, shapes))
+    return problems + [f"{_where(key, folder)}: {_extra(key, tied)}" for key in extra]
+
+
+def _where(key: str, folder) -> str:
+    return f"{key} in {folder.file(key).name}"
 
 
 def _belongs(key: str, shapes: dict) -> bool:
@@ -182,7 +188,7 @@ def _belongs(key: str, shapes: dict) -> bool:
 
 def _extra(key: str, tied: bool) -> str:
     if tied and key == UNEMBEDDING:
-        return f"{key}: is there, but config.json says tie_word_embeddings=true; set it to false to use this matrix"
+        return "is there, but config.json says tie_word_embeddings=true; set it to false to use this matrix"
     if key.endswith(FUSED_EXPERTS):
-        return f"{key}: experts are fused; save the model with transformers' save_pretrained, which writes them apart"
-    return f"{key}: belongs to no parameter of this model"
+        return "experts are fused; save the model with transformers' save_pretrained, which writes them apart"
+    return "belongs to no parameter of this model"

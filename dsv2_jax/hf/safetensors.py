@@ -374,7 +374,7 @@ class ShardWriter:
         """A line per complete shard; what a run of another identity has left is removed."""
         path = self.folder / JOURNAL
         interrupted = path.exists()
-        journal = Journal(path, identity)
+        journal = open_journal(path, identity, {"shard", "sha256", "state"})
         if interrupted and not journal.found:
             self._clear()
         return journal
@@ -445,6 +445,15 @@ def _header(shard: list[_Planned], metadata: dict[str, str]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def open_journal(path: pathlib.Path, identity: str, *fields: set[str]) -> Journal:
+    """A journal whose lines each have one of these sets of fields; `FolderError` where other code wrote others."""
+    journal = Journal(path, identity)
+    if not all(isinstance(line, dict) and line.keys() in fields for line in journal.entries):
+        with journal:
+            raise FolderError(f"{path}: another version of this code wrote it; remove {path.parent} and start again")
+    return journal
 
 
 @contextlib.contextmanager

@@ -88,9 +88,7 @@ def import_folder(
         tokenizer = functools.partial(_check_tokenizer, src)
         return problems + _complaints(tokenizer, *_place_checks(dst, IMPORT_JOURNAL, sum(sizes)))
     _check_tokenizer(src)
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise FolderError(f"{src}: does not hold the model of its config.json: {'; '.join(problems[:5])}{more}")
+    mapping.refuse(problems, src)
     work, final = dst / "checkpoints" / "0.importing", dst / "checkpoints" / "0"
     recorded = digests.recorded(folder.files())
     if unknown := len(folder.files()) - len(recorded):

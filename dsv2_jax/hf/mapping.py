@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsv2_jax.config import ConfigError, MLAConfig, ModelConfig
-from dsv2_jax.hf.safetensors import SCALE
+from dsv2_jax.hf.safetensors import SCALE, FolderError
 
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
@@ -176,6 +176,13 @@ def check(config: ModelConfig, folder, tied: bool = False) -> list[str]:
             problems.append(f"{where}: has dtype {folder.dtype(key)}; it must be one of {', '.join(DTYPES)}")
     extra = sorted(key for key in present - shapes.keys() if not _belongs(key, shapes))
     return problems + [f"{_where(key, folder)}: {_extra(key, tied)}" for key in extra]
+
+
+def refuse(problems: list[str], path) -> None:
+    """Raise `FolderError`, in one line, if `check` found problems of the folder `path`."""
+    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+    if problems:
+        raise FolderError(f"{path}: does not hold the model of its config.json: {'; '.join(problems[:5])}{more}")
 
 
 def _where(key: str, folder) -> str:

@@ -208,11 +208,13 @@ def _read_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, _Tensor
     if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(name, str) for name in shard_of.values()):
         raise FolderError(f"{index}: weight_map must name a file for every key; download it again")
     tensors: dict[str, _Tensor] = {}
-    for name in sorted(set(shard_of.values())):
+    first_key = {name: key for key, name in reversed(shard_of.items())}
+    for name in sorted(first_key):
+        where = f"{index}: puts {first_key[name]!r} into {name!r}"
         if name in ("", ".", "..") or any(char in name for char in "/\\:\0"):
-            raise FolderError(f"{index}: names {name!r}, which is no file of this folder; do not trust this index")
+            raise FolderError(f"{where}, which is no file of this folder; do not trust this index")
         if not os.path.isfile(folder / name):  # False, too, for what can be no name
-            raise FolderError(f"{index}: names {name!r}, which is missing; download it")
+            raise FolderError(f"{where}, which is missing; download it")
         for key, tensor in _read_header(folder / name).items():
             if shard_of.get(key) != name:
                 where = f"{INDEX} puts it into {shard_of[key]!r}" if key in shard_of else f"{INDEX} lacks it"
@@ -243,6 +245,8 @@ def _read_header(path: pathlib.Path) -> dict[str, _Tensor]:
             if tensor.start != end:
                 raise ValueError(f"{key!r} begins at byte {tensor.start}, what is before it ends at {end}")
             end = tensor.end
+            if end > size:
+                raise ValueError(f"{key!r} ends at byte {end}, the file at {size}")
         if end != size:
             raise ValueError(f"its tensors end at byte {end}, the file at {size}")
     except (OSError, ValueError) as error:

@@ -91,9 +91,9 @@ def convert(flags) -> int:
 
         options = {"dtype": flags.dtype, "dry_run": flags.dry_run, "progress": progress}
         if flags.command == "export":
-            convert.export_folder(source, flags.dst, shard_bytes=size(flags.shard_size), **options)
-            return 0
-        problems = convert.import_folder(source, flags.dst, **options)
+            problems = convert.export_folder(source, flags.dst, shard_bytes=size(flags.shard_size), **options)
+        else:
+            problems = convert.import_folder(source, flags.dst, **options)
     if problems:
         raise ConfigError(f"{flags.src}: {len(problems)} problems\n  " + "\n  ".join(problems))
     return 0

@@ -14,7 +14,7 @@ import tensorstore
 from etils import epath
 
 from dsv2_jax.checkpoint import CheckpointError
-from dsv2_jax.hf.safetensors import FolderError
+from dsv2_jax.hf.safetensors import FolderError, writing
 
 IN_FLIGHT = 64 * 2**20  # bytes being written at once: one large chunk, or several small ones
 
@@ -85,7 +85,9 @@ class Arrays:
         keys = {name: [{"key": key, "key_type": 2} for key in name] for name in names}  # 2: of a dict
         tree = {str(name): {"key_metadata": keys[name], "value_metadata": value} for name in names}
         flags = {"use_ocdbt": True, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
-        (self.folder / "_METADATA").write_text(json.dumps({"tree_metadata": tree, **flags, "custom_metadata": None}))
+        file = self.folder / "_METADATA"
+        with writing(file):
+            file.write_text(json.dumps({"tree_metadata": tree, **flags, "custom_metadata": None}))
 
     def _finish_one(self) -> None:
         future, names, size, then = self._writes.popleft()

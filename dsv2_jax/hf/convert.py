@@ -27,7 +27,7 @@ import numpy as np
 
 from dsv2_jax import checkpoint, config_io
 from dsv2_jax.checkpoint import CheckpointError
-from dsv2_jax.config import DTYPES, ModelConfig, check
+from dsv2_jax.config import DTYPES, ConfigError, ModelConfig, check
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.hf import digests, mapping
 from dsv2_jax.hf.arrays import Arrays, Names, word_sum
@@ -36,7 +36,7 @@ from dsv2_jax.hf.journal import Journal
 from dsv2_jax.hf.mapping import Entry
 from dsv2_jax.hf.pretrained import find_tokenizer
 from dsv2_jax.hf.safetensors import JOURNAL as EXPORT_JOURNAL
-from dsv2_jax.hf.safetensors import Folder, FolderError, ShardWriter, writing
+from dsv2_jax.hf.safetensors import Folder, FolderError, ShardWriter, open_journal, writing
 
 IMPORT_JOURNAL = "import.journal"
 TOKENIZER = "tokenizer.json"
@@ -80,15 +80,15 @@ def import_folder(
     config, tied = model_config(published, origin), is_tied(published, origin)
     folder = Folder(src)
     problems, entries = mapping.check(config, folder, tied), mapping.table(config, tied)
-    if (src / TOKENIZER).exists():
-        Tokenizer.load(src / TOKENIZER)  # a broken one is an error while nothing is written yet
     if dry_run:
         for entry in entries:
             report(f"{entry.source} -> {_place(entry)}")
-        return problems
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise FolderError(f"{src}: does not hold the model of its config.json: {'; '.join(problems[:5])}{more}")
+        present = set(folder.keys())
+        sizes = _sizes([entry for entry in entries if entry.source in present], folder, dtype)
+        tokenizer = functools.partial(_check_tokenizer, src)
+        return problems + _complaints(tokenizer, *_place_checks(dst, IMPORT_JOURNAL, sum(sizes)))
+    _check_tokenizer(src)
+    mapping.refuse(problems, src)
     work, final = dst / "checkpoints" / "0.importing", dst / "checkpoints" / "0"
     recorded = digests.recorded(folder.files())
     if unknown := len(folder.files()) - len(recorded):
@@ -120,13 +120,13 @@ def export_folder(
     dry_run: bool = False,
     report: Callable[[str], None] = print,
     progress: Progress = _silent,
-) -> None:
+) -> list[str]:
     """The model of our checkpoint `src` (see `checkpoint.locate`) as a published folder; transformers, vLLM load it.
 
     Args:
       shard_bytes: largest size of a safetensors file (a larger tensor has one of its own).
       dtype: of every tensor.
-      dry_run: report every mapping and write nothing.
+      dry_run: report every mapping, write nothing, return every problem.
 
     Raises `FolderError`, `CheckpointError`, and `ConfigError` where a published config.json cannot describe it.
     """
@@ -137,14 +137,14 @@ def export_folder(
     document, expected = checkpoint.load_config(folder), checkpoint.load_checksums(folder)
     config = config_io.parse(ModelConfig, document.get("model"), f"{folder}: model")
     small_files = _small_files(folder, config, dtype, document.get("published") or {})
-    entries = mapping.table(config)
+    entries, kind = mapping.table(config), np.dtype(dtype)
+    total = sum(math.prod(entry.shape) for entry in entries) * kind.itemsize
     if dry_run:
         for entry in entries:
             report(f"{_place(entry)} -> {entry.source}")
-        return
+        return _complaints(*_place_checks(dst, EXPORT_JOURNAL, total))
     _check_empty(dst, EXPORT_JOURNAL)
-    arrays, sums, kind = Arrays(folder / "params"), {}, np.dtype(dtype)
-    total = sum(math.prod(entry.shape) for entry in entries) * kind.itemsize
+    arrays, sums = Arrays(folder / "params"), {}
     writer = ShardWriter(dst, shard_bytes, _digest(str(folder), expected, document, dtype, shard_bytes))
     for entry in entries:
         writer.add(entry.source, entry.shape, kind, _published_pieces(entry, arrays, kind, sums))
@@ -159,6 +159,7 @@ def export_folder(
             raise CheckpointError(f"{folder} is damaged: the checksum of {', '.join(wrong[:3])} is wrong")
 
     writer.finish(state=sums, wrote=lambda piece: progress(piece.nbytes, total), verify=verify)
+    return []
 
 
 # --- pieces of a tensor ----------------------------------------------------------------------------------------------
@@ -206,6 +207,12 @@ def _kinds(entries: list[Entry], folder: Folder, dtype: str | None) -> dict[Name
         found.setdefault(entry.target, set()).add(folder.dtype(entry.source))
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     return {target: bfloat16 if kinds == {bfloat16} else np.dtype(np.float32) for target, kinds in found.items()}
+
+
+def _sizes(entries: list[Entry], folder: Folder, dtype: str | None) -> list[int]:
+    """Bytes of every tensor as we store it."""
+    kinds = _kinds(entries, folder, dtype)
+    return [math.prod(entry.shape) * kinds[entry.target].itemsize for entry in entries]
 
 
 def _verify(recorded: dict[pathlib.Path, str], journal: Journal, advance: Callable[[int], None]) -> None:
@@ -330,9 +337,38 @@ def _fingerprint(folder: Folder) -> list:
     return [(name, status.st_size, status.st_mtime_ns) for name, status in status]
 
 
+def _complaints(*checks: Callable[[], object]) -> list[str]:
+    """What each of the checks raises, in words."""
+    found = []
+    for check_ in checks:
+        try:
+            check_()
+        except (ConfigError, FolderError) as error:
+            found.append(str(error))
+    return found
+
+
+def _place_checks(dst: pathlib.Path, journal: str, size: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Whether `size` bytes can be written to `dst`, where what an interrupted run has written counts."""
+    left = dst.rglob("*") if (dst / journal).exists() else ()
+    needed = size - sum(file.stat().st_size for file in left if file.is_file())
+    return functools.partial(_check_empty, dst, journal), functools.partial(_check_space, dst, needed)
+
+
+def _check_tokenizer(src: pathlib.Path) -> None:
+    """A broken one is an error while nothing is written yet."""
+    if (src / TOKENIZER).exists():
+        Tokenizer.load(src / TOKENIZER)
+
+
+def _nearest(folder: pathlib.Path) -> pathlib.Path:
+    """What is there already of a path."""
+    return next(place for place in (folder, *folder.parents) if os.path.exists(place))
+
+
 def _check_empty(folder: pathlib.Path, journal: str) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FolderError(f"{folder} is a file; name a folder")
+    if not (nearest := _nearest(folder)).is_dir():
+        raise FolderError(f"{nearest} is a file; name a folder")
     if folder.is_dir() and not (folder / journal).exists() and any(folder.iterdir()):
         raise FolderError(f"{folder} is not empty, and nothing there was interrupted; choose another folder")
 
@@ -340,11 +376,11 @@ def _check_empty(folder: pathlib.Path, journal: str) -> None:
 def _open_journal(dst: pathlib.Path, identity: str) -> Journal:
     _check_empty(dst, IMPORT_JOURNAL)
     dst.mkdir(parents=True, exist_ok=True)
-    return Journal(dst / IMPORT_JOURNAL, identity)
+    return open_journal(dst / IMPORT_JOURNAL, identity, {"verified"}, {"entry", "sum"})
 
 
 def _check_space(folder: pathlib.Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_nearest(folder)).free
     if free < needed:
         gigabytes = f"{needed / 1e9:.2f} GB are still to be written, {free / 1e9:.2f} GB are free"
         raise FolderError(f"{folder}: {gigabytes}; make room and run it again, or choose another disk")

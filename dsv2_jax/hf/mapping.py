@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsv2_jax.config import ConfigError, MLAConfig, ModelConfig
-from dsv2_jax.hf.safetensors import SCALE
+from dsv2_jax.hf.safetensors import SCALE, FolderError
 
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
@@ -169,11 +169,24 @@ def check(config: ModelConfig, folder, tied: bool = False) -> list[str]:
     for key, shape in shapes.items():
         if key not in present:
             continue
+        where = _where(key, folder)
         if tuple(folder.shape(key)) != shape:
-            problems.append(f"{key}: has shape {list(folder.shape(key))}, config.json says {list(shape)}")
+            problems.append(f"{where}: has shape {list(folder.shape(key))}, config.json says {list(shape)}")
         if str(folder.dtype(key)) not in DTYPES:
-            problems.append(f"{key}: has dtype {folder.dtype(key)}; it must be one of {', '.join(DTYPES)}")
-    return problems + [_extra(key, tied) for key in sorted(present - shapes.keys()) if not _belongs(key, shapes)]
+            problems.append(f"{where}: has dtype {folder.dtype(key)}; it must be one of {', '.join(DTYPES)}")
+    extra = sorted(key for key in present - shapes.keys() if not _belongs(key, shapes))
+    return problems + [f"{_where(key, folder)}: {_extra(key, tied)}" for key in extra]
+
+
+def refuse(problems: list[str], path) -> None:
+    """Raise `FolderError`, in one line, if `check` found problems of the folder `path`."""
+    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+    if problems:
+        raise FolderError(f"{path}: does not hold the model of its config.json: {'; '.join(problems[:5])}{more}")
+
+
+def _where(key: str, folder) -> str:
+    return f"{key} in {folder.file(key).name}"
 
 
 def _belongs(key: str, shapes: dict) -> bool:
@@ -182,7 +195,7 @@ def _belongs(key: str, shapes: dict) -> bool:
 
 def _extra(key: str, tied: bool) -> str:
     if tied and key == UNEMBEDDING:
-        return f"{key}: is there, but config.json says tie_word_embeddings=true; set it to false to use this matrix"
+        return "is there, but config.json says tie_word_embeddings=true; set it to false to use this matrix"
     if key.endswith(FUSED_EXPERTS):
-        return f"{key}: experts are fused; save the model with transformers' save_pretrained, which writes them apart"
-    return f"{key}: belongs to no parameter of this model"
+        return "experts are fused; save the model with transformers' save_pretrained, which writes them apart"
+    return "belongs to no parameter of this model"

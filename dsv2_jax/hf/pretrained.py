@@ -101,10 +101,7 @@ def _load_published(path: pathlib.Path, mesh: Mesh | None, dtype: str | None) ->
     json, origin = read_json(path / "config.json"), str(path / "config.json")
     config, tied = model_config(json, origin), is_tied(json, origin)
     folder = Folder(path)
-    if problems := mapping.check(config, folder, tied):
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        lines = "".join(f"\n  {problem}" for problem in problems[:8])
-        raise FolderError(f"{path}: does not hold the model that its config.json describes:{lines}{more}")
+    mapping.refuse(mapping.check(config, folder, tied), path)
     places: dict[tuple[str, ...], list[mapping.Entry]] = {}
     for entry in mapping.table(config, tied):
         names, _ = _unstacked_place(entry.target, entry.index)

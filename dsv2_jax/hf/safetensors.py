@@ -208,11 +208,13 @@ def _read_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, _Tensor
     if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(name, str) for name in shard_of.values()):
         raise FolderError(f"{index}: weight_map must name a file for every key; download it again")
     tensors: dict[str, _Tensor] = {}
-    for name in sorted(set(shard_of.values())):
+    first_key = {name: key for key, name in reversed(shard_of.items())}
+    for name in sorted(first_key):
+        where = f"{index}: puts {first_key[name]!r} into {name!r}"
         if name in ("", ".", "..") or any(char in name for char in "/\\:\0"):
-            raise FolderError(f"{index}: names {name!r}, which is no file of this folder; do not trust this index")
+            raise FolderError(f"{where}, which is no file of this folder; do not trust this index")
         if not os.path.isfile(folder / name):  # False, too, for what can be no name
-            raise FolderError(f"{index}: names {name!r}, which is missing; download it")
+            raise FolderError(f"{where}, which is missing; download it")
         for key, tensor in _read_header(folder / name).items():
             if shard_of.get(key) != name:
                 where = f"{INDEX} puts it into {shard_of[key]!r}" if key in shard_of else f"{INDEX} lacks it"
@@ -243,6 +245,8 @@ def _read_header(path: pathlib.Path) -> dict[str, _Tensor]:
             if tensor.start != end:
                 raise ValueError(f"{key!r} begins at byte {tensor.start}, what is before it ends at {end}")
             end = tensor.end
+            if end > size:
+                raise ValueError(f"{key!r} ends at byte {end}, the file at {size}")
         if end != size:
             raise ValueError(f"its tensors end at byte {end}, the file at {size}")
     except (OSError, ValueError) as error:
@@ -374,7 +378,7 @@ class ShardWriter:
         """A line per complete shard; what a run of another identity has left is removed."""
         path = self.folder / JOURNAL
         interrupted = path.exists()
-        journal = Journal(path, identity)
+        journal = open_journal(path, identity, {"shard", "sha256", "state"})
         if interrupted and not journal.found:
             self._clear()
         return journal
@@ -445,6 +449,15 @@ def _header(shard: list[_Planned], metadata: dict[str, str]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def open_journal(path: pathlib.Path, identity: str, *fields: set[str]) -> Journal:
+    """A journal whose lines each have one of these sets of fields; `FolderError` where other code wrote others."""
+    journal = Journal(path, identity)
+    if not all(isinstance(line, dict) and line.keys() in fields for line in journal.entries):
+        with journal:
+            raise FolderError(f"{path}: another version of this code wrote it; remove {path.parent} and start again")
+    return journal
 
 
 @contextlib.contextmanager

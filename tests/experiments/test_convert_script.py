@@ -13,12 +13,13 @@ import ml_dtypes
 import numpy as np
 import published
 import pytest
+from disk import file_size_limit
 
 import common
 from dsv2_jax import checkpoint
 from dsv2_jax.checkpoint import CheckpointError
 from dsv2_jax.data.tokenizer import Tokenizer
-from dsv2_jax.hf.safetensors import Folder
+from dsv2_jax.hf.safetensors import INDEX, Folder
 
 SCRIPT = pathlib.Path(common.__file__).parent / "convert.py"
 
@@ -31,12 +32,12 @@ def src(tmp_path_factory):
     return folder
 
 
-def run(monkeypatch, *argv) -> int:
+def run(monkeypatch, *argv, script="convert") -> int:
     """The exit code of the script, run in this process."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
     monkeypatch.setattr(common, "keep_memory", lambda: None)
     with pytest.raises(SystemExit) as ended:
-        common.run(importlib.import_module("convert").main)
+        common.run(importlib.import_module(script).main)
     return ended.value.code or 0
 
 
@@ -120,6 +121,63 @@ def test_mistakes_end_in_one_line_and_exit_code_2(src, tmp_path, monkeypatch, ca
     assert error.startswith("convert.py: error: ")
     assert all(name in error for name in named), error
     assert not (tmp_path / "new").exists()
+
+
+EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
+SHARD = "model-00001-of-00002.safetensors"
+
+
+def point_outside(folder):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][EXPERT] = "../x"
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def turn(folder):
+    values = published.weights(published.LITE)
+    for path in folder.glob("model*"):
+        path.unlink()
+    published.write_folder(folder, published.LITE, values | {EXPERT: values[EXPERT].T.copy()})
+
+
+@pytest.mark.parametrize("script", ["convert", "generate"])
+@pytest.mark.parametrize(
+    ("harm", "named"),
+    [
+        (lambda folder: os.truncate(folder / SHARD, 50_000), [SHARD, "weight'", "the file at 50000"]),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"model": '), ["tokenizer.json", "not a readable"]),
+        (point_outside, [INDEX, EXPERT, "'../x'"]),
+        (turn, [f"{EXPERT} in {SHARD}", "[48, 14]", "[14, 48]"]),
+    ],
+    ids=["truncated shard", "broken tokenizer", "path out of the folder", "wrong shape"],
+)
+def test_a_damaged_folder_ends_in_one_line_with_file_and_key(src, tmp_path, monkeypatch, capsys, script, harm, named):
+    folder, ours = tmp_path / "src", tmp_path / "ours"
+    shutil.copytree(src, folder)
+    harm(folder)
+    generating = [f"--checkpoint={folder}", "--prompt=a"]
+    argv = ["import", folder, ours] if script == "convert" else generating
+    assert run(monkeypatch, *argv, script=script) == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert error.startswith(f"{script}.py: error: ")
+    assert all(name in error for name in named), error
+    assert not ours.exists()
+
+
+@pytest.mark.parametrize(("size", "named"), [(3_000, "params/_METADATA"), (7_500, "params: embed")])
+def test_a_full_disk_ends_in_one_line_and_no_load_accepts_it(src, tmp_path, monkeypatch, capsys, size, named):
+    ours, generating = tmp_path / "ours", [f"--checkpoint={tmp_path / 'ours'}", "--prompt=a", "--max_new_tokens=1"]
+    with file_size_limit(size):
+        assert run(monkeypatch, "import", src, ours) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("convert.py: error: ")
+    assert all(name in error for name in (named, "cannot be written", "run it again")), error
+    assert any(ours.rglob("*"))
+    assert run(monkeypatch, *generating, script="generate") == 2
+    assert run(monkeypatch, "export", ours, tmp_path / "back") == 2
+    assert "no checkpoint here" in capsys.readouterr().err
+    assert run(monkeypatch, "import", src, ours) == 0
+    assert run(monkeypatch, *generating, script="generate") == 0
 
 
 def start(*argv, **options) -> subprocess.Popen:

@@ -275,7 +275,8 @@ def test_a_dry_run_lists_every_tensor_and_every_problem_and_writes_nothing(tmp_p
     values["extra"] = values.pop("lm_head.weight")
     src, said = write(tmp_path / "src", values), []
     problems = convert.import_folder(src, tmp_path / "ours", dry_run=True, report=said.append)
-    assert problems == ["lm_head.weight: is missing", "extra: belongs to no parameter of this model"]
+    shard = Folder(src).file("extra").name
+    assert problems == ["lm_head.weight: is missing", f"extra in {shard}: belongs to no parameter of this model"]
     assert len(said) == len(mapping.table(model_config(published.V2)))
     assert (
         "model.layers.2.mlp.experts.3.up_proj.weight -> moe_blocks.ffn.up[1, 3]  [14, 48] transposed to [48, 14]"

@@ -1,15 +1,14 @@
 """What is wrong is named, with the file and the key, and nothing half-written is accepted afterwards."""
 
-import contextlib
 import json
 import os
-import resource
 import shutil
 
 import ml_dtypes
 import numpy as np
 import published
 import pytest
+from disk import file_size_limit
 
 from dsv2_jax import checkpoint
 from dsv2_jax.checkpoint import CheckpointError
@@ -111,14 +110,17 @@ DAMAGE = {
         [SHARD],
     ),
     "a missing key": (lambda src: edit_tensors(src, **{EXPERT: None}), [EXPERT, "is missing"]),
-    "an extra key": (lambda src: edit_tensors(src, more=np.zeros(3, np.float32)), ["more: belongs to no parameter"]),
+    "an extra key": (
+        lambda src: edit_tensors(src, more=np.zeros(3, np.float32)),
+        ["more in model-", ".safetensors: belongs to no parameter"],
+    ),
     "a wrong shape": (
         lambda src: edit_tensors(src, **{EXPERT: np.zeros((48, 14), np.float32)}),
-        [EXPERT, "[48, 14]", "[14, 48]"],
+        [EXPERT, "of-00002.safetensors", "[48, 14]", "[14, 48]"],
     ),
     "a wrong type": (
         lambda src: edit_tensors(src, **{EXPERT: np.zeros((14, 48), np.int32)}),
-        [EXPERT, "int32", "bfloat16"],
+        [EXPERT, "of-00002.safetensors", "int32", "bfloat16"],
     ),
     "an infinite weight": (make_infinite, [EXPERT, "not finite", "download"]),
     "no config.json": (lambda src: (src / "config.json").unlink(), ["config.json"]),
@@ -153,18 +155,7 @@ def test_a_wrong_published_folder(src, tmp_path, damage):
     assert_nothing_loads(tmp_path / "ours")
 
 
-@contextlib.contextmanager
-def file_size_limit(size: int):
-    """As a full disk: a write beyond `size` bytes of a file fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize("size", [20, 3_000, 30_000])
+@pytest.mark.parametrize("size", [20, 3_000, 8_000])  # what the embedding needs is more
 def test_a_disk_that_fills_up_while_importing(intact, tmp_path, size):
     with file_size_limit(size), pytest.raises(FolderError, match=r"cannot be written.* once it can be, run it again"):
         convert.import_folder(intact, tmp_path / "ours", report=lambda _: None)  # print() would fail too
@@ -183,9 +174,18 @@ def test_a_disk_that_fills_up_while_exporting(imported, tmp_path, size):
     assert len(Folder(tmp_path / "out").keys()) == len(tensors())
 
 
+def leave_free(monkeypatch, size: int):
+    usage = shutil.disk_usage("/")
+
+    def disk_usage(place):
+        os.stat(place)  # it must be there
+        return usage._replace(free=size)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+
+
 def test_a_disk_that_is_too_small_is_an_error_at_once(intact, imported, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    leave_free(monkeypatch, 100_000)
     message = r"0\.\d\d GB are still to be written, 0.00 GB are free; make room"
     for start, source in (convert.import_folder, intact), (convert.export_folder, imported):
         with pytest.raises(FolderError, match=message):
@@ -204,6 +204,71 @@ def test_folders_that_hold_something_else(intact, imported, tmp_path):
         with pytest.raises(FolderError, match="file is a file; name a folder"):
             start(source, tmp_path / "file")
     assert (tmp_path / "full" / "config.json").read_text() == "mine"
+
+
+def test_a_dry_run_lists_what_is_wrong_with_the_place(intact, imported, tmp_path, monkeypatch):
+    """A folder that holds something else, a disk without room; where the folder is not there yet too. No byte moves."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    for start, source in (convert.import_folder, intact), (convert.export_folder, imported):
+        options = {"dry_run": True, "report": lambda _: None}
+        assert start(source, tmp_path / "new" / "ours", **options) == []
+        (problem,) = start(source, tmp_path / "full", **options)
+        assert "full is not empty" in problem
+        (problem,) = start(source, tmp_path / "full" / "notes" / "ours", **options)
+        assert problem.endswith("notes is a file; name a folder")
+        with monkeypatch.context() as patch:
+            leave_free(patch, 100_000)
+            (problem,) = start(source, tmp_path / "new" / "ours", **options)
+            assert "0.00 GB are free; make room" in problem
+            assert len(start(source, tmp_path / "full", **options)) == 2
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "notes"]
+
+
+def test_a_dry_run_lists_problems_of_the_source_and_of_the_place_together(src, tmp_path, monkeypatch):
+    edit_tensors(src, **{EXPERT: None})
+    (src / "tokenizer.json").write_text("{}")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    leave_free(monkeypatch, 0)
+    found = convert.import_folder(src, tmp_path / "full", dry_run=True, report=lambda _: None)
+    for problem, named in zip(found, ["is missing", "tokenizer.json", "not empty", "make room"], strict=True):
+        assert named in problem
+
+
+@pytest.mark.parametrize("missing", [0, 1000])
+def test_what_an_interrupted_run_has_written_needs_no_room(intact, imported, tmp_path, monkeypatch, missing):
+    leave_free(monkeypatch, 0)
+    written = bytes(sum(2 * value.size for value in tensors().values()) - missing)
+    for start, source, journal in (
+        (convert.import_folder, intact, convert.IMPORT_JOURNAL),
+        (convert.export_folder, imported, convert.EXPORT_JOURNAL),
+    ):
+        dst = tmp_path / start.__name__
+        dst.mkdir()
+        (dst / journal).write_text("")
+        (dst / "written").write_bytes(written)
+        found = start(source, dst, dry_run=True, report=lambda _: None)
+        assert ["make room" in problem for problem in found] == [True] * bool(missing)
+
+
+def test_a_journal_of_another_version_is_named_with_the_remedy(intact, imported, tmp_path):
+    for start, source, journal, old in (
+        (convert.import_folder, intact, "import.journal", {"entry": 0}),
+        (convert.export_folder, imported, "export.journal", {"shard": "model.safetensors", "state": {}}),
+    ):
+        dst = tmp_path / start.__name__
+        with file_size_limit(3_000), pytest.raises(FolderError):
+            start(source, dst, report=lambda _: None)
+        identity = (dst / journal).read_text().splitlines()[0]
+        (dst / journal).write_text(f"{identity}\n{json.dumps(old)}\n")
+        for _ in range(2):
+            with pytest.raises(
+                FolderError, match=rf"{journal}: another version .* remove .*{dst.name} and start again"
+            ):
+                start(source, dst)
+        shutil.rmtree(dst)
+        start(source, dst)
 
 
 def test_a_place_that_cannot_be_written(intact, imported):

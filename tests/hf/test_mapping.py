@@ -1,6 +1,7 @@
 """Every released tensor has one place in our model, every place one tensor, and slices read what they should."""
 
 import math
+import pathlib
 
 import ml_dtypes
 import numpy as np
@@ -38,6 +39,9 @@ class Memory:
 
     def dtype(self, key):
         return self.arrays[key].dtype
+
+    def file(self, key):
+        return pathlib.Path("folder", f"{key}.safetensors")
 
     def read(self, key, index=()):
         values = self.arrays[key][index]
@@ -181,24 +185,26 @@ def test_a_whole_folder_has_no_problem():
         ("model.norm.weight", None, "model.norm.weight: is missing"),
         ("model.norm.weight", np.zeros(7, np.float32), "has shape [7], config.json says [20]"),
         ("lm_head.weight", np.zeros((50, 20), np.int8), "has dtype int8; it must be one of bfloat16"),
-        ("lm_head.bias", np.zeros(50, np.float32), "lm_head.bias: belongs to no parameter"),
+        ("lm_head.bias", np.zeros(50, np.float32), "belongs to no parameter"),
         ("model.layers.9.mlp.gate.weight_scale_inv", np.zeros(1, np.float32), "belongs to no parameter"),
         ("model.layers.1.mlp.experts.gate_up_proj", np.zeros(1, np.float32), "experts are fused; save"),
     ],
 )
-def test_a_problem_names_the_key(key, value, problem):
+def test_a_problem_names_the_key_and_its_file(key, value, problem):
     folder = released(small.MODEL)
     folder.arrays.pop(key, None)
     if value is not None:
         folder.arrays[key] = value
     (found,) = mapping.check(small.MODEL, folder)
-    assert found.startswith(key)
+    assert found.startswith(key if value is None else f"{key} in {key}.safetensors: ")
     assert problem in found
 
 
 def test_an_output_matrix_beside_tied_embeddings_is_a_problem():
     (problem,) = mapping.check(small.MODEL, released(small.MODEL), tied=True)
-    assert problem.startswith("lm_head.weight: is there, but config.json says tie_word_embeddings=true")
+    assert problem.startswith(
+        "lm_head.weight in lm_head.weight.safetensors: is there, but config.json says tie_word_embeddings=true"
+    )
 
 
 def test_grouped_query_attention_has_no_released_form():

@@ -276,7 +276,7 @@ def test_mistakes_name_the_place_and_the_remedy(released, tmp_path):
     with pytest.raises(ConfigError, match=r"broken/config.json: model_type='llama': must be 'deepseek_v2'"):
         from_pretrained(broken)
     (broken / "config.json").write_text(json.dumps(config | {"vocab_size": 113, "first_k_dense_replace": 0}))
-    with pytest.raises(FolderError, match=r"(?s)broken: does not hold the model .*layers.0.mlp.*\n  and \d+ more"):
+    with pytest.raises(FolderError, match=r"broken: does not hold the model .*layers.0.mlp.* \(and \d+ more\)"):
         from_pretrained(broken)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulation import ragged_all_to_all
+from flax import nnx
 from small import MODEL, change, normal, perturbed
 
 from dsv2_jax import sharding
@@ -80,12 +81,19 @@ def test_equals_one_device(mesh, name, monkeypatch):
     if name == "ragged":
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
         monkeypatch.setattr(Setup, "transport", exchange.TRANSPORTS["ragged"])
-    config, y_BTD = CONFIGS[name], normal(0, B, T, D)
-    out_BTD, stats, gradients = alone(config)
-    mesh = sharding.make_mesh(mesh)
+    config, y_BTD, mesh = CONFIGS[name], normal(0, B, T, D), sharding.make_mesh(mesh)
+    stats, mesh_stats = assert_equal(mesh, module(config), y_BTD, alone(config))
+    assert (float(stats.dropped) > 0) == (name == "dropping")
+    if name in ("v2", "lite", "ragged") and mesh.size == mesh.shape["expert"]:
+        assert float(mesh_stats.crossed) == crossing(config, mesh.size, y_BTD)
+
+
+def assert_equal(mesh, moe, y_BTD, expected):
+    """What `run` gives on a mesh is what it gave on one device; the statistics of both."""
+    out_BTD, stats, gradients = expected
     with sharding.use(mesh):
-        moe = jax.device_put(module(config), sharding.tree_shardings(module(config), mesh))
-        mesh_out_BTD, mesh_stats, mesh_gradients = run(moe, y_BTD)
+        placed = jax.device_put(moe, sharding.tree_shardings(moe, mesh))
+        mesh_out_BTD, mesh_stats, mesh_gradients = run(placed, y_BTD)
     assert_close(mesh_out_BTD, out_BTD, 2e-6, "output")
     paths = jax.tree_util.tree_leaves_with_path(gradients)
     for (path, expected), found in zip(paths, jax.tree.leaves(mesh_gradients), strict=True):
@@ -93,10 +101,19 @@ def test_equals_one_device(mesh, name, monkeypatch):
     for field in ("load_E", "assignments", "dropped", "sends", "sequences"):
         np.testing.assert_array_equal(getattr(mesh_stats, field), getattr(stats, field), field)
     assert_close(mesh_stats.balance_3, stats.balance_3, 1e-6, "balance losses")
-    assert (float(stats.dropped) > 0) == (name == "dropping")
     assert float(stats.crossed) == 0 < float(mesh_stats.crossed)
-    if name in ("v2", "lite", "ragged") and mesh.size == mesh.shape["expert"]:
-        assert float(mesh_stats.crossed) == crossing(config, mesh.size, y_BTD)
+    return stats, mesh_stats
+
+
+@pytest.mark.parametrize("name", ["v2", "dropping"])
+def test_all_scores_equal(name):
+    """Ties everywhere: every token has the same experts, and where tokens are dropped the same ones are."""
+    moe, y_BTD = nnx.clone(module(CONFIGS[name])), normal(0, B, T, D)
+    moe.centroids[...] = jnp.zeros_like(moe.centroids[...])
+    stats, _ = assert_equal(sharding.make_mesh("expert=8"), moe, y_BTD, run(moe, y_BTD))
+    assert (float(stats.dropped) > 0) == (name == "dropping")
+    used = np.flatnonzero(np.asarray(stats.load_E))
+    assert len(used) == CONFIGS[name].moe.experts_per_token
 
 
 def test_a_batch_that_does_not_divide_runs():

@@ -93,36 +93,84 @@ def test_attention_over_blocks_is_attention(segments):
 # --- on eight devices ------------------------------------------------------------------------------------------------
 
 
-def collectives(text: str) -> list[tuple[str, str]]:
-    """(kind, shape of the result) of every collective of a compiled program."""
-    kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
-    return re.findall(rf"= \(?(\w+\[[\d,]*\])[^=]*? ({kinds})(?:-start)?\(", text)
+KINDS = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute|collective-broadcast|ragged-all-to-all"
 
 
-def test_only_latents_cross_the_context_axis():
-    """[batch, length, kv_latent + rope_dim] and the segments; no keys or values of heads."""
-    mesh = sharding.make_mesh("context=4,data=2")
+def collectives(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(kind, shape) of every result of every collective of a compiled program."""
+    found = re.findall(rf"^.*? = (.*?) ({KINDS})(?:-start)?\(", text, re.MULTILINE)
+    shapes = [(kind, shape) for results, kind in found for shape in re.findall(r"\w\[([\d,]*)\]", results)]
+    return [(kind, tuple(int(size) for size in shape.split(",") if size)) for kind, shape in shapes]
+
+
+def crossing(gradient: bool) -> tuple[list[tuple[str, tuple[int, ...]]], list[tuple[int, ...]]]:
+    """The collectives of attention, or of its gradient, with its sequence on four devices; the shapes of weights.
+
+    24 positions: no number of positions that a device could send, all, its 6 or its pieces' 3, is a size of a weight.
+    """
+    mesh, length = sharding.make_mesh("context=4,data=2"), 24
     abstract = jax.eval_shape(lambda: MLA(MODEL, jax.random.key(0)))
 
     def attend(mla, h_BTD, segments_BT, positions_BT):
         cos_sin = rope.rotations(positions_BT, CONFIG.rope_dim, CONFIG.rope_theta, None)
         return mla(h_BTD, cos_sin, segments_BT)
 
+    def loss(*arguments):
+        return jnp.sum(attend(*arguments) ** 2)
+
     def tokens(*shape, dtype="int32"):
         names = ("batch", "sequence", "embed")[: len(shape)]
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, sharding.activation_spec(*names)))
 
     with sharding.use(mesh):
-        # Stored whole, so that the gathering of weights is not among what is seen.
-        arguments = abstract, tokens(B, T, MODEL.dim, dtype="float32"), tokens(B, T), tokens(B, T)
+        arguments = abstract, tokens(B, length, MODEL.dim, dtype="float32"), tokens(B, length), tokens(B, length)
         whole = jax.tree.map(lambda _: NamedSharding(mesh, jax.sharding.PartitionSpec()), abstract)
         placed = whole, *(x.sharding for x in arguments[1:])
-        text = jax.jit(attend, in_shardings=placed).lower(*arguments).compile().as_text()
-    crossing = {shape for shape, kind in collectives(text) if kind == "all-gather"}
-    latents = f"f32[{B // 2},{T},{CONFIG.kv_latent + CONFIG.rope_dim}]"
-    assert latents in crossing
-    weights = {"f32[" + ",".join(map(str, leaf.shape)) + "]" for leaf in jax.tree.leaves(abstract)}
-    assert crossing <= {latents, f"s32[{B // 2},{T}]"} | weights
+        function = jax.jit(jax.grad(loss, (0, 1)) if gradient else attend, in_shardings=placed)
+        text = function.lower(*arguments).compile().as_text()
+    return collectives(text), [leaf.shape for leaf in jax.tree.leaves(abstract)]
+
+
+def assert_only_latents_cross(gradient: bool):
+    """[batch, positions, kv_latent + rope_dim], their gradients and the segments; no keys or values of heads.
+
+    And weights: whole, or as parts of their gradients, a fourth along one axis.
+    """
+    found, weights = crossing(gradient)
+    width = CONFIG.kv_latent + CONFIG.rope_dim
+    parts = [
+        (*shape[:axis], shape[axis] // 4, *shape[axis + 1 :])
+        for shape in weights
+        for axis in range(len(shape))
+        if shape[axis] % 4 == 0
+    ]
+    stored = {*weights, *parts, *((1, *part) for part in parts)}
+    assert ("all-gather", (1, 24, width)) in found
+    assert (("reduce-scatter", (1, 6, width)) in found) == gradient
+    other = [(kind, shape) for kind, shape in found if shape not in stored]
+    assert {shape for _, shape in other} <= {(1, 24, width), (1, 6, width), (1, 24), ()}, other
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_only_latents_cross_the_context_axis(gradient):
+    assert_only_latents_cross(gradient)
+
+
+@pytest.mark.parametrize("send", ["permute", "all-to-all"])
+def test_keys_of_heads_that_cross_are_noticed(send, monkeypatch):
+    attend, ring = parallel._attend, [(i, (i + 1) % 4) for i in range(4)]
+
+    def sending(block, q, k, v, *rest):
+        if send == "permute":
+            k = jax.lax.ppermute(k, "context", ring)
+        else:
+            k = jax.lax.all_to_all(k, "context", 1, 2, tiled=True).reshape(k.shape)
+        return attend(block, q, k, v, *rest)
+
+    monkeypatch.setattr(parallel, "_attend", sending)
+    for gradient in False, True:
+        with pytest.raises(AssertionError, match="collective-permute" if send == "permute" else "all-to-all"):
+            assert_only_latents_cross(gradient)
 
 
 @pytest.mark.parametrize("text", ["fsdp=4,tensor=2", "data=2,expert=2,context=2", "fsdp=2,context=2,tensor=2"])

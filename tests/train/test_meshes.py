@@ -155,7 +155,7 @@ def test_rounded_scores_would_be_noticed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["context=4,expert=2", "expert=4,fsdp=2"])
+@pytest.mark.parametrize("text", MESHES)
 def test_a_mesh_drops_the_tokens_that_one_device_drops(text):
     found, expected = results(DROPPING, text), alone(DROPPING)
     assert np.sum(expected[0][1][1].dropped) > 0

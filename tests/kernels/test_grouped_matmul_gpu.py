@@ -22,12 +22,14 @@ from oracles.compare import TOLERANCE, assert_close, worst
 H200 = Target("gpu", "NVIDIA H200")
 # No step is cut short, so that no number which nobody wrote may reach a result.
 WHOLE = dataclasses.replace(CASES["v2"], dim=64, width=96)
+SMALL = {"UNIT": 16, "DEPTH": 32, "COLUMNS": 64, "CHUNK": 32, "STAGES": 2}
+REAL = {name: getattr(gpu, name) for name in SMALL}
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Several steps, blocks and chunks in every case."""
-    for name, size in {"UNIT": 16, "DEPTH": 32, "COLUMNS": 64, "CHUNK": 32, "STAGES": 2}.items():
+    for name, size in SMALL.items():
         monkeypatch.setattr(gpu, name, size)
 
 
@@ -167,10 +169,10 @@ def test_every_unit_is_in_one_block_of_its_expert(experts, units, most, data):
     assert sorted(seen) == list(range(len(layout.expert_of_tile) * units))
 
 
-def operands(tile=64, D=128, F=96, dtype=jnp.bfloat16, weights=None):
+def operands(tile=64, D=128, F=192, dtype=jnp.bfloat16, weights=None, matrices=1):
     layout = jax.eval_shape(lambda e_TK: make_layout(e_TK, 4, tile), jax.ShapeDtypeStruct((8, 2), jnp.int32))
     x_GD = jax.ShapeDtypeStruct((len(layout.token_of_row_G), D), dtype)
-    return x_GD, [jax.ShapeDtypeStruct((4, D, F), weights or dtype)], layout
+    return x_GD, [jax.ShapeDtypeStruct((4, D, F), weights or dtype)] * matrices, layout
 
 
 @pytest.mark.parametrize(
@@ -183,7 +185,15 @@ def operands(tile=64, D=128, F=96, dtype=jnp.bfloat16, weights=None):
         (H200, {"weights": jnp.float8_e5m2}, "weights of float8_e5m2"),
         (H200, {"tile": 24}, "tiles of 24 rows are no multiple of 16"),
         (H200, {"F": 100}, "weights 128 x 100 of bfloat16: TMA reads rows that are multiples of 16 bytes"),
-        (H200, {"F": 104, "weights": jnp.int8}, "weights 128 x 104 of int8"),
+        (H200, {"F": 24, "weights": jnp.int8}, "weights 128 x 24 of int8: TMA reads"),
+        (H200, {"D": 104, "F": 136}, "weights 104 x 136 of bfloat16: TMA takes widths up to 64 or multiples of 64"),
+        (H200, {"D": 72, "F": 8}, "weights 72 x 8 of bfloat16: TMA takes"),
+        (H200, {"D": 8, "F": 200}, "weights 8 x 200 of bfloat16: TMA takes"),
+        (H200, {"D": 1000, "F": 1416, "matrices": 2}, "weights 1000 x 1416 of bfloat16: TMA takes"),
+        (H200, {"F": 192, "weights": jnp.int8}, "weights 128 x 192 of int8: TMA takes widths up to 64 or multiples"),
+        (H200, {"F": 192, "weights": jnp.float8_e4m3fn}, "of 64, the last of 128 beyond it"),
+        (H200, {"F": 112, "weights": jnp.int8}, "weights 128 x 112 of int8"),
+        (H200, {"D": 72, "F": 128, "weights": jnp.int8, "matrices": 2}, "weights 72 x 128 of int8"),
     ],
 )
 def test_what_is_unsupported_says_why(target, arguments, reason):
@@ -192,14 +202,46 @@ def test_what_is_unsupported_says_why(target, arguments, reason):
 
 @pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB"])
 def test_hopper_is_supported(kind):
-    assert gpu.unsupported(Target("gpu", kind), *operands(F=104)) is None
-    assert gpu.unsupported(Target("gpu", kind), *operands(F=112, weights=jnp.int8)) is None
+    assert gpu.unsupported(Target("gpu", kind), *operands()) is None
+    assert gpu.unsupported(Target("gpu", kind), *operands(F=256, weights=jnp.int8)) is None
 
 
 def hopper_mesh(**axes) -> AbstractMesh:
     device = jax.sharding.AbstractDevice(device_kind=H200.kind, num_cores=132, platform="gpu")
     kinds = (AxisType.Auto,) * len(axes)
     return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=kinds, abstract_device=device)
+
+
+@pytest.mark.parametrize(
+    ("D", "F", "dtype", "which"),
+    [
+        (8, 56, "bfloat16", "grouped_matmul"),
+        pytest.param(192, 64, "bfloat16", "grouped_matmul", marks=pytest.mark.slow),
+        (64, 192, "bfloat16", "grouped_swiglu"),
+        (40, 48, "int8", "grouped_matmul"),
+        (192, 128, "int8", "grouped_matmul"),
+        (192, 192, "int8", "grouped_swiglu"),
+    ],
+)
+def test_what_is_supported_lowers_with_its_gradients(D, F, dtype, which, monkeypatch):
+    for name, size in REAL.items():
+        monkeypatch.setattr(gpu, name, size)
+    x_GD, weights, layout = operands(D=D, F=F, weights=jnp.dtype(dtype), matrices=1 + (which == "grouped_swiglu"))
+    scales = [jax.ShapeDtypeStruct((4, F), jnp.float32)] * len(weights)
+    assert gpu.unsupported(H200, x_GD, weights, layout) is None
+
+    def gradients(x_GD, weights, scales, layout):
+        def loss(x_GD, weights):
+            return getattr(gpu, which)(x_GD, *weights, layout).astype(jnp.float32).sum()
+
+        return jax.value_and_grad(loss, (0, 1))(x_GD, weights)
+
+    def coded(x_GD, weights, scales, layout):
+        return gpu.quantised(which, x_GD, weights, scales, layout)
+
+    with jax.sharding.use_abstract_mesh(hopper_mesh(data=1)):
+        program = jax.jit(gradients if dtype == "bfloat16" else coded).trace(x_GD, weights, scales, layout)
+        assert "@mosaic_gpu" in program.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_it_is_automatic_on_hopper_with_tiles_of_one_wgmma():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from gpu_interpreter import gpu_interpreter, races_found
+from gpu_interpreter import gpu_interpreter
 from kernels_pallas import grouped_matmul as op
 from kernels_pallas.grouped_matmul import gpu, reference
 from kernels_pallas.grouped_matmul.shapes import CASES, make_case
@@ -135,15 +135,21 @@ def test_a_planted_defect_is_far_outside_the_tolerance(defect, monkeypatch):
     assert not worst(found, expected) < 0.1
 
 
-def test_a_planted_race_is_found(monkeypatch):
+def test_a_planted_race_is_found_in_the_first_of_two_kernels(monkeypatch):
     """Both warpgroups write their results through the same scratch."""
     x_GD, (w_EDF, _), _, layout = make_case(WHOLE, jnp.bfloat16)
     write = gpu._write
-    monkeypatch.setattr(gpu, "_write", lambda *arguments: write(*arguments[:-1], 0))
-    with pytest.raises(AssertionError, match="a kernel raced"):
+    with pytest.raises(AssertionError, match="a kernel raced: 1 of 2"):
         with interpreter() as interpret:
-            jax.block_until_ready(gpu.grouped_matmul(x_GD, w_EDF, layout, interpret))
-    assert races_found()
+            with monkeypatch.context() as planted:
+                planted.setattr(gpu, "_write", lambda *arguments: write(*arguments[:-1], 0))
+                raced = gpu.grouped_matmul(x_GD, w_EDF, layout, interpret)
+            assert gpu.grouped_matmul(x_GD, w_EDF, layout, interpret).shape == raced.shape
+
+
+def test_an_interpreter_that_nothing_used_fails():
+    with pytest.raises(AssertionError, match="nothing was interpreted"), gpu_interpreter():
+        pass
 
 
 MAKE_LAYOUT = jax.jit(make_layout, static_argnums=(1, 2))

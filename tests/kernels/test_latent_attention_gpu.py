@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from gpu_interpreter import gpu_interpreter, races_found
+from gpu_interpreter import gpu_interpreter
 from kernels_pallas import latent_attention as op
 from kernels_pallas.latent_attention import gpu
 from kernels_pallas.latent_attention.shapes import Case, make_case
@@ -87,7 +87,6 @@ def test_a_planted_race_is_found(monkeypatch):
     monkeypatch.setattr(gpu, "_wait_for_weights", lambda barrier: None)
     with pytest.raises(AssertionError, match="a kernel raced"):
         run(Case(8, 1, (5,), 64, **SMALL))
-    assert races_found()
 
 
 def test_a_planted_off_by_one_is_far_outside_the_tolerance(monkeypatch):

@@ -13,11 +13,11 @@ WARPGROUP = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warp
 
 
 def not_hopper(target: Target) -> str | None:
-    """Why a Hopper kernel cannot run there; None on an H100, H200 or GH200 (compute capability 9.0)."""
+    """Why a Hopper kernel cannot run there; None on an H100, H200, H800, H20 or GH200 (compute capability 9.0)."""
     if target.platform != "gpu":
         return f"a Hopper kernel, not for {target.platform}"
-    if not re.search(r"\bG?H[12]00\b", target.kind):
-        return f"a Hopper kernel (H100, H200, GH200), not for {target.kind}"
+    if not re.search(r"\b(G?H[12]00|H800|H20)\b", target.kind):
+        return f"a Hopper kernel (H100, H200, H800, H20, GH200), not for {target.kind}"
     return None
 
 

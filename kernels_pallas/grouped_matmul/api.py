@@ -34,6 +34,8 @@ def _validate(x_GD: jax.Array, weights: list[jax.Array], layout: TileLayout, sca
             raise ValueError(f"weights {[w.shape for w in weights]} do not fit x_GD {x_GD.shape}")
         if w_EDF.dtype != x_GD.dtype and scales_EF is None:
             raise ValueError(f"weights {w_EDF.dtype} and rows {x_GD.dtype} must have one dtype")
+        if scales_EF is not None and w_EDF.dtype not in gpu.CODES:
+            raise ValueError(f"scales with weights of {w_EDF.dtype}: int8 or float8_e4m3fn")
     E, _, F = weights[0].shape
     if scales_EF is not None and [s.shape for s in scales_EF] != [(E, F)] * len(weights):
         raise ValueError(f"scales {[s.shape for s in scales_EF]}: one {(E, F)} for each of {len(weights)} weights")

@@ -2,8 +2,9 @@
 
 Work is counted in units of 64 rows, the least that wgmma multiplies: a block takes up to two units of one expert, one
 for each multiplying warpgroup, so that small groups waste no more than a unit and large ones read the weights once
-for 128 rows. The copying warpgroup runs ahead, over the ends of blocks too. Where a width ends inside a block, TMA
-reads zeros and writes nothing. Weights of one byte are widened to bfloat16 between shared memory and wgmma.
+for 128 rows. The copying warpgroup runs ahead, over the ends of blocks too. Where a width ends inside a block, which
+it does by whole rows of a swizzle or before the first has ended, TMA reads zeros and writes nothing. Weights of one
+byte are widened to bfloat16 between shared memory and wgmma.
 """
 
 import functools
@@ -26,6 +27,7 @@ UNIT = 64  # rows of a wgmma
 DEPTH = 64  # contracted in a step: 128 bytes of bfloat16, a row of the widest swizzle
 COLUMNS = 256  # of a block, over all its products
 CHUNK = 64  # columns written at a time
+SWIZZLE = 128  # bytes in a row of the widest one, which TMA does not cut but where it is the only one
 STAGES = 4  # steps that the copies may be ahead
 CONSUMERS = 2  # multiplying warpgroups
 COPY_REGISTERS, MULTIPLY_REGISTERS = 40, 232  # of a thread: 128 x (40 + 2 x 232) fill the register file
@@ -47,7 +49,17 @@ def unsupported(target: Target, x_GD, weights, layout) -> str | None:
     D, F = weights[0].shape[1:]
     if D % 8 or F % (16 // dtype.itemsize):
         return f"weights {D} x {F} of {dtype}: TMA reads rows that are multiples of 16 bytes"
+    # In bfloat16 both widths are read or written in rows of the swizzle, here or in the gradients.
+    lanes = SWIZZLE // 2
+    last = SWIZZLE if dtype in CODES and len(weights) == 1 else lanes
+    if _is_cut(D, lanes) or _is_cut(F, lanes) or _is_cut(F, last):
+        limit = f"up to {lanes} or multiples of {lanes}" + (f", the last of {last} beyond it" if last > lanes else "")
+        return f"weights {D} x {F} of {dtype}: TMA takes widths {limit}"
     return None
+
+
+def _is_cut(width: int, lanes: int) -> bool:
+    return width > lanes and width % lanes != 0
 
 
 # --- which rows meet which expert -------------------------------------------------------------------------------------

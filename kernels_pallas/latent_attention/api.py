@@ -59,7 +59,7 @@ def paged_latent_attention(
       pages: [pages, page, C or wider]; lanes beyond C are zeros (640 for C = 576 on TPU). bfloat16 or float32; or int8,
         int4 or float8_e4m3fn with `scales`. All positions must be finite, those not written yet too.
       page_table_BP: int32; position s of row b is entry s % page of page page_table_BP[b, s // page]. Entries beyond a
-        row's last position are not read but must be valid pages.
+        row's last position may be read, and weigh nothing: they must be valid pages.
       offset_B: as above. Rows may be of any lengths; all have T queries, and those beyond a row's own are garbage.
       scales: float32 [pages, 2, page], of the value part and of the rest of each position (`quantise`).
     Raises:

@@ -40,7 +40,7 @@ def unsupported_paged(target: Target, q_BTNC, pages, page_table_BP, offset_B, va
         return _unfit(q_BTNC, pages.shape[1], pages.shape[2], pages.dtype, value_dim)
     if pages.dtype not in (jnp.int8, jnp.float8_e4m3fn) or pages.shape[1] % KEYS:
         return f"pages of {pages.shape[1]} {pages.dtype}: must be multiples of {KEYS} int8 or float8_e4m3fn"
-    return _unfit(q_BTNC, pages.shape[1], pages.shape[2], jnp.dtype(jnp.bfloat16), value_dim)
+    return _unfit(q_BTNC, pages.shape[1], pages.shape[2], jnp.dtype(jnp.bfloat16), value_dim, lanes=8)
 
 
 def unsupported(target: Target, q_BTNC, cache_BSC, offset_B, value_dim, scale) -> str | None:
@@ -50,7 +50,8 @@ def unsupported(target: Target, q_BTNC, cache_BSC, offset_B, value_dim, scale) -
     return _unfit(q_BTNC, _page_of(S), C, cache_BSC.dtype, value_dim)
 
 
-def _unfit(q_BTNC, page: int, width: int, dtype, value_dim: int) -> str | None:
+def _unfit(q_BTNC, page: int, width: int, dtype, value_dim: int, lanes: int = 64) -> str | None:
+    """Args: lanes: what the width of an entry must be a multiple of: a row of the swizzle where TMA reads it."""
     if (q_BTNC.dtype, dtype) != (jnp.bfloat16, jnp.bfloat16):
         return f"queries of {q_BTNC.dtype} and a cache of {dtype}: both must be bfloat16"
     if page % KEYS and (KEYS % page or page < 8):
@@ -59,8 +60,8 @@ def _unfit(q_BTNC, page: int, width: int, dtype, value_dim: int) -> str | None:
         return f"value width {value_dim} is no multiple of 128"
     if not 0 < q_BTNC.shape[-1] - value_dim <= ROPE or width < value_dim + ROPE:
         return f"beside the {value_dim} values, entries of {width} do not hold a rotary part padded to {ROPE} lanes"
-    if width % 8:
-        return f"entries of {width} are no multiple of 8 lanes, which the strides of TMA must be"
+    if width % lanes:
+        return f"entries of {width} are no multiple of {lanes} lanes"
     if (needed := _shared_memory(value_dim)) > SHARED_MEMORY:
         return f"value width {value_dim} takes {needed} bytes of shared memory, above {SHARED_MEMORY}"
     return None

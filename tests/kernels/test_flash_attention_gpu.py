@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType
 
-from gpu_interpreter import gpu_interpreter, races_found
+from gpu_interpreter import gpu_interpreter
 from kernels_pallas.flash_attention import api, gpu, gpu_kernels, reference
 from kernels_pallas.flash_attention.shapes import CASES, Case, make_case
 from kernels_pallas.select import Target, automatic, select
@@ -110,7 +110,6 @@ def test_a_planted_race_is_found(monkeypatch):
     with pytest.raises(AssertionError, match="a kernel raced"):
         with gpu_interpreter() as interpret:
             jax.block_until_ready(gpu.flash_attention(*QKV, SCALE, interpret=interpret))
-    assert races_found()
 
 
 REACH = jax.jit(gpu._reach, static_argnums=1)

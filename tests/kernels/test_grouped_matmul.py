@@ -54,6 +54,15 @@ def sizes(layout, experts):
     return np.bincount(live, minlength=experts) * layout.tile
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int16", "float8_e5m2"])
+def test_scales_are_of_codes_alone(dtype):
+    _, layout = routing("deepseek widths")
+    x_GD, gate_EDF, up_EDF = operands("deepseek widths", layout, "bfloat16", matrices=2)
+    scales = [jnp.ones((8, 88))] * 2
+    with pytest.raises(ValueError, match=f"scales with weights of {dtype}: int8 or float8_e4m3fn"):
+        op.grouped_swiglu(x_GD, gate_EDF.astype("int8"), up_EDF.astype(dtype), layout, scales_EF=scales)
+
+
 def worst_error(matmul, case, dtype="float32"):
     _, layout = routing(case)
     x_GD, w_EDF = operands(case, layout, dtype)

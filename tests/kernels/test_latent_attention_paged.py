@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from interpreter import interpreter, races_found
+from interpreter import interpreter
 from kernels_pallas import latent_attention as op
 from kernels_pallas.latent_attention import tpu
 from kernels_pallas.latent_attention.shapes import CASES, make_case
@@ -66,16 +66,28 @@ def test_kernel_matches_numpy(case, splits):
     assert_close(out, oracle(arguments, options), TOLERANCE[DTYPES[case]])
 
 
-def test_a_planted_race_is_found(monkeypatch):
+def test_a_planted_race_is_found_in_the_first_of_two_kernels(monkeypatch):
     """A kernel that does not wait for its copies: it reads NaN where they come late, races where they come early."""
     arguments, options = make_case(CASES["v2"], "float32")
-    monkeypatch.setattr(tpu, "_wait", lambda copy: None)
-    with interpreter() as interpret:
-        assert not np.isfinite(run(arguments, options, interpret=interpret)).all()
-    with pytest.raises(AssertionError, match="a kernel raced"):
+    with monkeypatch.context() as planted:
+        planted.setattr(tpu, "_wait", lambda copy: None)
+        with interpreter() as interpret:
+            assert not np.isfinite(run(arguments, options, interpret=interpret)).all()
+
+    def run_two():
         with interpreter("eager") as interpret:
-            jax.block_until_ready(run(arguments, options, interpret=interpret))
-    assert races_found()
+            with monkeypatch.context() as planted:
+                planted.setattr(tpu, "_wait", lambda copy: None)
+                raced = run(arguments, options, interpret=interpret)
+            jax.block_until_ready([raced, run(arguments, options, interpret=interpret)])
+
+    with pytest.raises(AssertionError, match="a kernel raced: 1 of 2"):
+        run_two()
+
+
+def test_an_interpreter_that_nothing_used_fails():
+    with pytest.raises(AssertionError, match="nothing was interpreted"), interpreter():
+        pass
 
 
 def test_a_planted_off_by_one_is_far_outside_the_tolerance(monkeypatch):

@@ -16,10 +16,11 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dsv2_jax.model.cache import append
 from kernels_pallas.flash_attention import flash_attention
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, shapes
 from kernels_pallas.grouped_matmul import tpu as grouped_tpu
-from kernels_pallas.latent_attention import paged_latent_attention
+from kernels_pallas.latent_attention import latent_attention, paged_latent_attention
 from kernels_pallas.latent_attention import shapes as latent_shapes
 from kernels_pallas.latent_attention import tpu as latent_tpu
 from kernels_pallas.tiles import make_layout
@@ -121,6 +122,35 @@ def test_routed_experts(chip, model):
     assert program.memory_analysis().temp_size_in_bytes <= rows * (6 * D + 8 * F) * 2
 
 
+CODED = [
+    (chip, dtype, which)
+    for chip in CHIPS
+    for dtype in ("int8", "float8_e4m3fn")
+    for which in ("grouped_matmul", "grouped_swiglu")
+]
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype", "which"), [pytest.param(*x, marks=() if x[0] == "v5p" else pytest.mark.slow) for x in CODED]
+)
+def test_weights_of_one_byte(chip, dtype, which):
+    case, matrices = shapes.FULL["v2"], 1 if which == "grouped_matmul" else 2
+    T, K, E, D, F = case.tokens, case.choices, case.experts, case.dim, case.width
+    layout = jax.eval_shape(lambda e_TK: make_layout(e_TK, E, case.tile), jax.ShapeDtypeStruct((T, K), jnp.int32))
+    leaves, structure = jax.tree.flatten(layout)
+    G = len(layout.token_of_row_G)
+    arguments = [((G, D), bf16), *[((E, D, F), jnp.dtype(dtype))] * matrices, *[((E, F), jnp.float32)] * matrices]
+    op = {"grouped_matmul": grouped_matmul, "grouped_swiglu": grouped_swiglu}[which]
+
+    def product(x_GD, *others):
+        weights, scales, leaves = others[:matrices], others[matrices : 2 * matrices], others[2 * matrices :]
+        return op(x_GD, *weights, jax.tree.unflatten(structure, leaves), scales_EF=scales, implementation="tpu")
+
+    program = compiled(chip, product, arguments + [(leaf.shape, leaf.dtype) for leaf in leaves])
+    assert kernels(program) == 1
+    assert program.memory_analysis().temp_size_in_bytes <= 4 << 20  # the visits; no copy of weights, widened or not
+
+
 LATENT = ["v2", "v2 speculative", "v2 prefill chunk", "v2 float8", "v2 lite", "v2 lite int8", "v2 lite int4"]
 
 
@@ -147,6 +177,27 @@ def test_latent_attention(chip, name):
     assert kernels(program) == 1
     queries = B * case.queries * case.heads
     assert program.memory_analysis().temp_size_in_bytes <= queries * (2 * 640 * 2 + 2 * 2 * (512 + 128) * 4) + (1 << 20)
+
+
+def test_decoding_over_the_cache_of_the_model_copies_it_in_no_step():
+    """In one piece, of 576 lanes. As an argument it has another layout than the kernel reads: a copy in, one out."""
+    B, S, C = 64, 4096, 576
+    arguments = [((B, 1, 128, C), bf16), ((B, S, C), bf16), ((B,), jnp.int32), ((B, 1, C), bf16)]
+
+    def decode(q, cache, offset, entries):
+        def step(i, cache_and_o):
+            cache = append(cache_and_o[0], entries, offset + i)
+            options = {"value_dim": 512, "scale": 0.1, "implementation": "tpu"}
+            return cache, latent_attention(q, cache, offset + i, **options)
+
+        return jax.lax.fori_loop(0, 16, step, (cache, jnp.zeros((B, 1, 128, 512), bf16)))
+
+    program = compiled("v5p", decode, arguments)
+    assert kernels(program) == 1
+    assert len(re.findall(rf"= bf16\[{B},{S},{C}\]\S* copy\(", program.as_text())) == 2
+    queries = B * 128
+    held = queries * (2 * 640 * 2 + 2 * 2 * (512 + 128) * 4) + B * S * 640 * 2 + (1 << 20)
+    assert program.memory_analysis().temp_size_in_bytes <= held
 
 
 @pytest.mark.parametrize("chip", CHIPS)

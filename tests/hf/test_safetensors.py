@@ -1,6 +1,9 @@
 import json
 import os
+import pathlib
 import resource
+import subprocess
+import sys
 
 import hypothesis
 import memory
@@ -353,12 +356,22 @@ needs_proc = pytest.mark.skipif(not memory.AVAILABLE, reason="reads Linux's own 
 
 @needs_proc
 def test_memory_that_is_held_for_a_moment_is_noticed_after_a_larger_peak():
-    """What the next test relies on."""
-    _ = np.ones(20_000_000).sum()  # 160 MB, and given back
-    before = memory.begin()
-    assert memory.peak() - before < 50e6
-    _ = np.ones(10_000_000).sum()
-    assert memory.peak() - before > 50e6
+    """What the next test relies on; in a process of its own, where no other thread gives memory back meanwhile."""
+    code = """
+import memory
+_ = bytearray(160_000_000)
+del _
+before = memory.begin()
+print(memory.peak() - before)
+_ = bytearray(80_000_000)
+del _
+print(memory.peak() - before)
+"""
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(memory.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    quiet, held = map(int, done.stdout.split())
+    assert quiet < 20e6
+    assert 60e6 < held < 100e6
 
 
 @needs_proc

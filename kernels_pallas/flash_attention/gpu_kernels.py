@@ -241,6 +241,27 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
     return _call(attention, out_type, scratch, (B, N, blocks), (*inputs, *segments), interpret)
 
 
+def _backward_scratch(H: int, V: int, dtype, starts: int, copies: tuple[int, int]) -> list:
+    """Shared memory and barriers of a backward kernel: rows that each warpgroup keeps, and tiles that stream past.
+
+    Args:
+      starts: how many pairs of row statistics are held: they belong to the rows kept, or to the tiles.
+      copies: that arrive for the rows kept, and for a tile.
+    """
+    return [
+        plgpu.SMEM((2, ROWS, H), dtype),
+        plgpu.SMEM((2, ROWS, V), dtype),
+        plgpu.SMEM((BACKWARD_STAGES, ROWS, H), dtype),
+        plgpu.SMEM((BACKWARD_STAGES, ROWS, V), dtype),
+        plgpu.SMEM((starts, 2, ROWS), jnp.float32),
+        plgpu.SMEM((2, ROWS), jnp.int32),
+        plgpu.SMEM((BACKWARD_STAGES, ROWS), jnp.int32),
+        plgpu.Barrier(num_barriers=2, num_arrivals=copies[0]),
+        plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=copies[1]),
+        plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=2),
+    ]
+
+
 def gradient_of_queries(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, scale, interpret=False):
     """dq = scale ds k, where ds = p (do v^T - delta), p = 2^(scale log2(e) q k^T - log_sum).
 
@@ -309,18 +330,7 @@ def gradient_of_queries(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, 
             plgpu.wait_smem_to_gmem(0)
 
     inputs = q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T
-    scratch = [
-        plgpu.SMEM((2, ROWS, H), dtype),
-        plgpu.SMEM((2, ROWS, V), dtype),
-        plgpu.SMEM((BACKWARD_STAGES, ROWS, H), dtype),
-        plgpu.SMEM((BACKWARD_STAGES, ROWS, V), dtype),
-        plgpu.SMEM((2, 2, ROWS), jnp.float32),
-        plgpu.SMEM((2, ROWS), jnp.int32),
-        plgpu.SMEM((BACKWARD_STAGES, ROWS), jnp.int32),
-        plgpu.Barrier(num_barriers=2, num_arrivals=3 + extra),
-        plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=2 + extra),
-        plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=2),
-    ]
+    scratch = _backward_scratch(H, V, dtype, starts=2, copies=(3 + extra, 2 + extra))
     out_type = kernel_output(q_BTNH.shape, dtype, *inputs)
     return _call(attention_dq, out_type, scratch, (B, N, blocks), (*inputs, *segments), interpret)
 
@@ -398,17 +408,6 @@ def gradients_of_keys(q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T, segments, sc
             plgpu.wait_smem_to_gmem(0)
 
     inputs = q_BTNH, k_BTKH, v_BTKV, do_BTNV, starts_BN2T
-    scratch = [
-        plgpu.SMEM((2, ROWS, H), dtype),
-        plgpu.SMEM((2, ROWS, V), dtype),
-        plgpu.SMEM((BACKWARD_STAGES, ROWS, H), dtype),
-        plgpu.SMEM((BACKWARD_STAGES, ROWS, V), dtype),
-        plgpu.SMEM((BACKWARD_STAGES, 2, ROWS), jnp.float32),
-        plgpu.SMEM((2, ROWS), jnp.int32),
-        plgpu.SMEM((BACKWARD_STAGES, ROWS), jnp.int32),
-        plgpu.Barrier(num_barriers=2, num_arrivals=2 + extra),
-        plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=3 + extra),
-        plgpu.Barrier(num_barriers=BACKWARD_STAGES, num_arrivals=2),
-    ]
+    scratch = _backward_scratch(H, V, dtype, starts=BACKWARD_STAGES, copies=(2 + extra, 3 + extra))
     out_type = kernel_output(k_BTKH.shape, dtype, *inputs), kernel_output(v_BTKV.shape, dtype, *inputs)
     return _call(attention_dk_dv, out_type, scratch, (B, K, T // BLOCK), (*inputs, *segments), interpret)

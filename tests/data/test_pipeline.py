@@ -366,7 +366,7 @@ def damaged(tmp_path):
     return tmp_path
 
 
-def fails(folder, error, match, **kwargs):
+def assert_fails(folder, error, match, **kwargs):
     with pytest.raises(error, match=match), iterate(folder, {"code": 1.0}, **kwargs) as iterator:
         read(iterator, 40)
 
@@ -380,19 +380,19 @@ AGAIN = "prepare the data again"
 
 def test_missing_file(damaged):
     file_of(damaged).unlink()
-    fails(damaged, FileNotFoundError, f"train-00003-of-00008.arrayrecord is missing: {AGAIN}")
+    assert_fails(damaged, FileNotFoundError, f"train-00003-of-00008.arrayrecord is missing: {AGAIN}")
 
 
 @pytest.mark.parametrize("content", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"x" * len(b)])
 def test_truncated_file(damaged, content):
     path = file_of(damaged)
     path.write_bytes(content(path.read_bytes()))
-    fails(damaged, ValueError, f"train-00003-of-00008.arrayrecord is truncated.*{AGAIN}")
+    assert_fails(damaged, ValueError, f"train-00003-of-00008.arrayrecord is truncated.*{AGAIN}")
 
 
 def test_files_of_another_preparation(damaged):
     write(file_of(damaged), [[BOS, 5, EOS]])
-    fails(damaged, ValueError, f"hold 36 documents, manifest.json says 40: {AGAIN}")
+    assert_fails(damaged, ValueError, f"hold 36 documents, manifest.json says 40: {AGAIN}")
 
 
 @pytest.mark.parametrize(
@@ -400,16 +400,17 @@ def test_files_of_another_preparation(damaged):
 )
 def test_bad_record(damaged, ids, what):
     write(file_of(damaged), [[BOS, 5, EOS], ids, *[[BOS, 6, EOS]] * 3])
-    fails(damaged, ValueError, f"train-00003-of-00008.arrayrecord, record 1 holds {what}.*{AGAIN}")
+    assert_fails(damaged, ValueError, f"train-00003-of-00008.arrayrecord, record 1 holds {what}.*{AGAIN}")
 
 
 def test_bad_record_in_a_worker(damaged):
     write(file_of(damaged), [[BOS, 5, EOS], [BOS], *[[BOS, 6, EOS]] * 3])
-    fails(damaged, ValueError, "record 1 holds 4 bytes", workers=1)
+    assert_fails(damaged, ValueError, "record 1 holds 4 bytes", workers=1)
 
 
 def test_another_number_of_virtual_shards(damaged):
-    fails(damaged, ConfigError, f"virtual_shards=4: must be what the data was prepared with .8,.*{AGAIN}", shards=4)
+    complaint = f"virtual_shards=4: must be what the data was prepared with .8,.*{AGAIN}"
+    assert_fails(damaged, ConfigError, complaint, shards=4)
 
 
 def test_manifest_must_be_there_whole_and_match(damaged):
@@ -420,9 +421,9 @@ def test_manifest_must_be_there_whole_and_match(damaged):
     text = (damaged / "manifest.json").read_text()
     for broken in (text[:-20], "[]", "{}"):
         (damaged / "manifest.json").write_text(broken)
-        fails(damaged, ValueError, f"manifest.json is damaged.*{AGAIN}")
+        assert_fails(damaged, ValueError, f"manifest.json is damaged.*{AGAIN}")
     (damaged / "manifest.json").unlink()
-    fails(damaged, FileNotFoundError, f"manifest.json is missing.*{AGAIN}")
+    assert_fails(damaged, FileNotFoundError, f"manifest.json is missing.*{AGAIN}")
 
 
 def test_held_out_files_are_checked(damaged):

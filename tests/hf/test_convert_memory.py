@@ -39,7 +39,7 @@ def write(path, **changes) -> int:
     return total
 
 
-def import_and_count(tmp_path, monkeypatch):
+def assert_little_is_held(tmp_path, monkeypatch):
     """Counted: what Python and NumPy have allocated, and what TensorStore was given and has not written. It may be the
     same memory, so that a chunk counts twice: the one being written, again as such, and the one being put together."""
     chunk, largest = 2**20, 2 * 20_000 * 256
@@ -71,7 +71,7 @@ def import_and_count(tmp_path, monkeypatch):
 
 
 def test_one_tensor_and_one_chunk_are_held(tmp_path, monkeypatch):
-    import_and_count(tmp_path, monkeypatch)
+    assert_little_is_held(tmp_path, monkeypatch)
 
 
 def test_a_reader_that_keeps_what_it_read_is_noticed(tmp_path, monkeypatch):
@@ -83,7 +83,7 @@ def test_a_reader_that_keeps_what_it_read_is_noticed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Folder, "read", keeping)
     with pytest.raises(AssertionError, match="more than three"):
-        import_and_count(tmp_path, monkeypatch)
+        assert_little_is_held(tmp_path, monkeypatch)
 
 
 MEASURE = """

@@ -45,7 +45,7 @@ def raw(folder, header, data=b"", length=None):
     return folder
 
 
-def same(folder: Folder, values: dict) -> None:
+def assert_same(folder: Folder, values: dict) -> None:
     assert sorted(folder.keys()) == sorted(values)
     for name, value in values.items():
         assert (folder.shape(name), folder.dtype(name)) == (value.shape, value.dtype)
@@ -59,7 +59,7 @@ def same(folder: Folder, values: dict) -> None:
 
 def test_files_of_the_formats_library_are_read(tmp_path):
     safetensors.numpy.save_file(tensors(), tmp_path / SINGLE, metadata={"format": "pt"})
-    same(Folder(tmp_path), tensors())
+    assert_same(Folder(tmp_path), tensors())
 
 
 def test_what_is_written_the_formats_library_reads(tmp_path):
@@ -70,7 +70,7 @@ def test_what_is_written_the_formats_library_reads(tmp_path):
     with safetensors.safe_open(tmp_path / "one" / SINGLE, "np") as file:
         assert file.metadata() == {"format": "pt"}
     folder = write(tmp_path / "many", tensors(), shard_bytes=250)
-    same(Folder(folder), tensors())
+    assert_same(Folder(folder), tensors())
     index = json.loads((folder / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors().values())
     names = sorted(set(index["weight_map"].values()))
@@ -438,7 +438,7 @@ def test_nothing_is_accepted_before_it_is_whole_and_a_stopped_run_goes_on(tmp_pa
     assert writer.done_bytes() == 80 * list(VALUES).index(at)
     writer.finish(state=state)
     assert drawn == [name for name in VALUES if name >= at]
-    same(Folder(tmp_path), VALUES)
+    assert_same(Folder(tmp_path), VALUES)
 
 
 def test_another_identity_begins_anew(tmp_path):

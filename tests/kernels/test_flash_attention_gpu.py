@@ -42,7 +42,7 @@ def value_and_gradients(attention, qkv, weight_BTNV, scale, segments_BT, **optio
     return jax.block_until_ready({"out": out, **{f"gradient of {x}": g for x, g in zip("qkv", gradients)}})
 
 
-def compare(qkv, weight_BTNV, scale, segments_BT):
+def assert_matches(qkv, weight_BTNV, scale, segments_BT):
     wide = [x.astype(jnp.float32) for x in qkv]
     expected = value_and_gradients(reference.flash_attention, wide, weight_BTNV, scale, segments_BT)
     with gpu_interpreter() as interpret:
@@ -58,7 +58,7 @@ def compare(qkv, weight_BTNV, scale, segments_BT):
 def test_matches_the_reference():
     """On the diagonal, beside it, over documents, with padding; in the backward passes buffers are used again."""
     qkv, weight_BTNV, segments_BT = make_case(TWO_BLOCKS, "bfloat16")
-    compare(qkv, weight_BTNV, SCALE, segments_BT)
+    assert_matches(qkv, weight_BTNV, SCALE, segments_BT)
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_matches_the_reference():
 def test_matches_the_reference_at_more_shapes(name):
     case, scale = MORE[name]
     qkv, weight_BTNV, segments_BT = make_case(case, "bfloat16")
-    compare(qkv, weight_BTNV, scale, segments_BT)
+    assert_matches(qkv, weight_BTNV, scale, segments_BT)
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_matches_the_reference_with_segments(segments):
         "falling": 9 - np.arange(T) // 30,
     }[segments]
     qkv, weight_BTNV, _ = make_case(TWO_BLOCKS, "bfloat16")
-    compare(qkv, weight_BTNV, SCALE, jnp.asarray(segments_T, jnp.int32)[None])
+    assert_matches(qkv, weight_BTNV, SCALE, jnp.asarray(segments_T, jnp.int32)[None])
 
 
 QKV = make_case(Case(1, 100, 1, 1, is_packed=False), "bfloat16")[0]

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from gpu_interpreter import gpu_interpreter
 from kernels_pallas import latent_attention as op
-from kernels_pallas.latent_attention import gpu
+from kernels_pallas.latent_attention import gpu, gpu_kernels
 from kernels_pallas.latent_attention.shapes import Case, make_case
 from kernels_pallas.select import Target
 from oracles.compare import TOLERANCE, assert_close, worst
@@ -84,14 +84,14 @@ def test_a_cache_in_one_piece_is_pages_in_order():
 
 def test_a_planted_race_is_found(monkeypatch):
     """A warpgroup that does not wait for the other's weights."""
-    monkeypatch.setattr(gpu, "_wait_for_weights", lambda barrier: None)
+    monkeypatch.setattr(gpu_kernels, "_wait_for_weights", lambda barrier: None)
     with pytest.raises(AssertionError, match="a kernel raced"):
         run(Case(8, 1, (5,), 64, **SMALL))
 
 
 def test_a_planted_off_by_one_is_far_outside_the_tolerance(monkeypatch):
     case = Case(8, 1, (3,), 64, **SMALL)
-    monkeypatch.setattr(gpu, "_visible", lambda key, place: key <= place + 1)
+    monkeypatch.setattr(gpu_kernels, "_visible", lambda key, place: key <= place + 1)
     assert worst(run(case), expected(case)) > 5 * TOLERANCE["bfloat16"]
 
 

@@ -3,7 +3,6 @@
 An array is a zarr array in the OCDBT database `params/`, under its names joined by dots; `params/_METADATA` lists them.
 """
 
-import collections
 import contextlib
 import json
 import os
@@ -15,8 +14,6 @@ from etils import epath
 
 from dsv2_jax.checkpoint import CheckpointError
 from dsv2_jax.hf.safetensors import FolderError, writing
-
-IN_FLIGHT = 64 * 2**20  # bytes being written at once: one large chunk, or several small ones
 
 REMEDY = "cannot be written; once it can be, run it again"
 
@@ -35,8 +32,7 @@ class Arrays:
     def __init__(self, folder: str | os.PathLike):
         self.folder = epath.Path(folder)
         self._open: dict[Names, tensorstore.TensorStore] = {}
-        self._writes: collections.deque = collections.deque()  # (future, names, bytes, what to call then)
-        self._bytes = 0
+        self._writing = None  # (future, names, what to call then) of the one chunk that is being written
 
     def read(self, names: Names, index: tuple[slice | int, ...] = ()) -> np.ndarray:
         with self._complaining(names, CheckpointError, "cannot be read; is the checkpoint whole?"):
@@ -65,19 +61,19 @@ class Arrays:
             self._open[names] = tensorstore.open(spec).result()
 
     def write(self, names: Names, index: tuple, values: np.ndarray, then: Callable[[], None] | None = None) -> None:
-        """Start to write whole chunks; `then` is called, in the order of the calls, when they are on disk.
-
-        First waits until no more than `IN_FLIGHT` bytes would be being written, or these alone.
-        """
-        while self._writes and self._bytes + values.nbytes > IN_FLIGHT:
-            self._finish_one()
-        self._writes.append((self._array(names)[index].write(values), names, values.nbytes, then))
-        self._bytes += values.nbytes
+        """Start to write a chunk, when the one before is on disk; `then` is called when this one is."""
+        self.flush()
+        self._writing = self._array(names)[index].write(values), names, then
 
     def flush(self) -> None:
-        """Wait for all that is being written."""
-        while self._writes:
-            self._finish_one()
+        """Wait for what is being written."""
+        if self._writing is None:
+            return
+        (future, names, then), self._writing = self._writing, None
+        with self._complaining(names, FolderError, REMEDY):
+            future.result()
+        if then:
+            then()
 
     def write_names(self, names: list[Names]) -> None:
         """The document by which Orbax finds the arrays, as nested dicts."""
@@ -88,14 +84,6 @@ class Arrays:
         file = self.folder / "_METADATA"
         with writing(file):
             file.write_text(json.dumps({"tree_metadata": tree, **flags, "custom_metadata": None}))
-
-    def _finish_one(self) -> None:
-        future, names, size, then = self._writes.popleft()
-        self._bytes -= size
-        with self._complaining(names, FolderError, REMEDY):
-            future.result()
-        if then:
-            then()
 
     @contextlib.contextmanager
     def _complaining(self, names: Names, kind: type[Exception], remedy: str):

@@ -1,7 +1,7 @@
 """Published folder -> our checkpoint, and back: one tensor at a time, so that neither is ever in memory.
 
-Importing, what is held of a tensor (at most `PIECE` bytes as we store it, and a band of it as published) and what is
-being written (at most `IN_FLIGHT` bytes, as many) are together never more than the largest tensor and one chunk.
+Importing, a piece of one tensor is held (at most `PIECE` bytes as we store it, and a band of it as published) while the
+chunk before is being written. To write several at once would be a third faster.
 
 An imported model looks like a run's folder with one checkpoint, of step 0, that holds a model and no training state:
 
@@ -42,7 +42,7 @@ IMPORT_JOURNAL = "import.journal"
 TOKENIZER = "tokenizer.json"
 SMALL_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-PIECE = 64 * 2**20  # bytes of a tensor that are converted and stored at once; as many, at most, are being written
+PIECE = 64 * 2**20  # bytes of a tensor that are converted and stored at once
 BLOCK = 2**16  # numbers looked at together
 SHARD_BYTES = 5 * 10**9
 

@@ -14,17 +14,24 @@ class Journal:
 
     def __init__(self, path: pathlib.Path, identity: str):
         self.path = path
-        self._file = path.open("a+", errors="replace")
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._file.seek(0)
-        lines = _lines(self._file.read())
-        self.found = lines[:1] == [{"identity": identity}]
-        self.entries = lines[1:] if self.found else []
-        self._file.truncate(0)
-        self._write({"identity": identity}, *self.entries)
+        self._file = path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.seek(0)
+            lines, size = _lines(self._file.read())
+            self.found = lines[:1] == [{"identity": identity}]
+            self.entries = lines[1:] if self.found else []
+            self._file.truncate(size if self.found else 0)
+            if not self.found:
+                self.add({"identity": identity})
+        except BaseException:
+            self._file.close()  # the lock too: who keeps the exception would keep it
+            raise
 
     def add(self, entry: dict) -> None:
-        self._write(entry)
+        data = json.dumps(entry).encode() + b"\n"
+        while data:  # a disk that is nearly full takes a part, and refuses the rest
+            data = data[self._file.write(data) :]
 
     def remove(self) -> None:
         self.path.unlink()
@@ -35,16 +42,14 @@ class Journal:
     def __exit__(self, *error):
         self._file.close()
 
-    def _write(self, *lines: dict) -> None:
-        self._file.writelines(json.dumps(line) + "\n" for line in lines)
-        self._file.flush()
 
-
-def _lines(text: str) -> list[dict]:
-    lines = []
-    for line in text.splitlines():
+def _lines(data: bytes) -> tuple[list[dict], int]:
+    """The whole lines at the beginning, and how many bytes they are."""
+    lines, size = [], 0
+    for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
         try:
             lines.append(json.loads(line))
         except ValueError:
             break
-    return lines
+        size += len(line)
+    return lines, size

@@ -196,10 +196,10 @@ def test_help_shows_examples_of_both_commands():
 
 STOPPING = """
 import signal, sys, time
-from dsv2_jax.hf import arrays, journal
+from dsv2_jax.hf import journal
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have it ignored
-arrays.IN_FLIGHT, add, left = 0, journal.Journal.add, int(sys.argv.pop(1))  # as soon as it is written it is noted
+add, left = journal.Journal.add, int(sys.argv.pop(1))
 
 def stopping(self, entry):
     global left

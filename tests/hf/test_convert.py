@@ -81,7 +81,6 @@ def folders(request, tmp_path_factory):
     home, style = tmp_path_factory.mktemp("folders"), request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "PIECE", 1000)
-        patch.setattr(arrays, "IN_FLIGHT", 20_000)
         src = write(home / "src", style=style)
         convert.import_folder(src, home / "ours")
         convert.export_folder(home / "ours", home / "back", shard_bytes=60_000)
@@ -302,7 +301,6 @@ def stop_after(monkeypatch, count: int):
         write_piece(*arguments)
 
     monkeypatch.setattr(arrays.Arrays, "write", write)
-    monkeypatch.setattr(arrays, "IN_FLIGHT", 3000)
 
 
 def test_a_stopped_import_is_no_checkpoint_and_goes_on(tmp_path, monkeypatch):

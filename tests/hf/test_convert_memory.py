@@ -44,19 +44,19 @@ def assert_little_is_held(tmp_path, monkeypatch):
     same memory, so that a chunk counts twice: the one being written, again as such, and the one being put together."""
     chunk, largest = 2**20, 2 * 20_000 * 256
     monkeypatch.setattr(convert, "PIECE", chunk)
-    monkeypatch.setattr(arrays, "IN_FLIGHT", chunk)
     monkeypatch.setattr(mapping, "BAND", 2**16)
     size = write(tmp_path / "src", hidden_size=256, moe_intermediate_size=512, vocab_size=20_000)
     assert size > 4 * (largest + chunk)
     convert.import_folder(tmp_path / "src", tmp_path / "first")  # what Python keeps of imports and caches is there now
-    held, writing, write_ = [], [], arrays.Arrays.write
+    held, chunks, write_ = [], [(None, 0)], arrays.Arrays.write
 
-    def counted(self, *given):
-        held.append(tracemalloc.get_traced_memory()[1] + self._bytes)  # the most since the last write
+    def counted(self, names, index, values, then):
+        held.append(tracemalloc.get_traced_memory()[1] + chunks[-1][1])  # the most since the last write
         assert len(held) == 1 or held[-1] < 4 * chunk, "more than three, and what Python needs itself"
         tracemalloc.reset_peak()
-        write_(self, *given)
-        writing.append(self._bytes)
+        write_(self, names, index, values, then)
+        assert all(future.done() for future, _ in chunks[1:]), "two are being written"
+        chunks.append((self._writing[0], values.nbytes))
 
     monkeypatch.setattr(arrays.Arrays, "write", counted)
     tracemalloc.start()
@@ -65,7 +65,7 @@ def assert_little_is_held(tmp_path, monkeypatch):
     finally:
         tracemalloc.stop()
     assert len(held) > size // chunk
-    assert max(writing) <= chunk
+    assert max(nbytes for _, nbytes in chunks) <= chunk
     print(f"{max(held[1:]):,} bytes held of {size:,}; largest tensor {largest:,}, chunk {chunk:,}")
     assert 4 * chunk < largest
 
@@ -88,9 +88,9 @@ def test_a_reader_that_keeps_what_it_read_is_noticed(tmp_path, monkeypatch):
 
 MEASURE = """
 import memory
-from dsv2_jax.hf import arrays, convert
+from dsv2_jax.hf import convert
 
-convert.PIECE = arrays.IN_FLIGHT = 4 * 2**20
+convert.PIECE = 4 * 2**20
 for direction, (warm, warmed, source, result) in {
     convert.import_folder: ("tiny", "tiny_ours", "large", "ours"),
     convert.export_folder: ("tiny_ours", "tiny_back", "ours", "back"),

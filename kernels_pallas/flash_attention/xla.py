@@ -80,19 +80,22 @@ def _forward(q_BNTH, k_BNSH, v_BNSV, segments_BT, offset_B):
 
 
 def _backward(residuals, do_BNTV):
+    # Scores lie with the keys first: two of the three gradients are then plain matmuls. XLA on CPUs is slow at those
+    # that add up over the first axis of both operands.
     q_BNTH, k_BNSH, v_BNSV, segments_BT, offset_B, o_BNTV, log_sum_BNT1 = residuals
-    delta_BNT1 = jnp.sum(o_BNTV.astype(jnp.float32) * do_BNTV, axis=-1, keepdims=True)
+    delta_BN1T = jnp.sum(o_BNTV.astype(jnp.float32) * do_BNTV, axis=-1)[:, :, None]
+    log_sum_BN1T = log_sum_BNT1.swapaxes(2, 3)
     dq, dk_BNSH, dv_BNSV = [], jnp.zeros(k_BNSH.shape, jnp.float32), jnp.zeros(v_BNSV.shape, jnp.float32)
     for rows in _blocks(q_BNTH.shape[2]):
         keys = _keys(rows, k_BNSH.shape[2], offset_B)
         q, do, k, v = q_BNTH[:, :, rows], do_BNTV[:, :, rows], k_BNSH[:, :, :keys], v_BNSV[:, :, :keys]
-        scores = _einsum("bnth,bnsh->bnts", q, k) + _bias(rows, keys, segments_BT, offset_B)
-        p = jnp.exp(scores - log_sum_BNT1[:, :, rows])
-        dp = _einsum("bntv,bnsv->bnts", do, v)
-        ds = (p * (dp - delta_BNT1[:, :, rows])).astype(q.dtype)
-        dq.append(_einsum("bnts,bnsh->bnth", ds, k).astype(q.dtype))
-        dk_BNSH = _add_first(dk_BNSH, _einsum("bnts,bnth->bnsh", ds, q))
-        dv_BNSV = _add_first(dv_BNSV, _einsum("bnts,bntv->bnsv", p.astype(do.dtype), do))
+        scores = _einsum("bnsh,bnth->bnst", k, q) + _bias(rows, keys, segments_BT, offset_B).swapaxes(2, 3)
+        p = jnp.exp(scores - log_sum_BN1T[..., rows])
+        dp = _einsum("bnsv,bntv->bnst", v, do)
+        ds = (p * (dp - delta_BN1T[..., rows])).astype(q.dtype)
+        dq.append(_einsum("bnst,bnsh->bnth", ds, k).astype(q.dtype))
+        dk_BNSH = _add_first(dk_BNSH, _einsum("bnst,bnth->bnsh", ds, q))
+        dv_BNSV = _add_first(dv_BNSV, _einsum("bnst,bntv->bnsv", p.astype(do.dtype), do))
     return jnp.concatenate(dq, axis=2), dk_BNSH.astype(k_BNSH.dtype), dv_BNSV.astype(v_BNSV.dtype), None, None
 
 

@@ -294,6 +294,10 @@ class ProfileConfig:
     def __post_init__(self):
         _positive(self, "start", "steps")
 
+    def window(self, resumed: int) -> range:
+        """The steps to trace, counted from 0, of a run that goes on after `resumed` steps."""
+        return range(max(self.start, resumed), self.start + self.steps)
+
 
 @dataclass(frozen=True)
 class TrainConfig:

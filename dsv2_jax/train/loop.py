@@ -116,14 +116,16 @@ def train(
         stopped_by, agreement = stack.enter_context(_stop_signals()), Agreement(mesh)
         stack.enter_context(sharding.use(mesh))
         stack.enter_context(ending_with_the_others())
+        tracing = stack.enter_context(contextlib.ExitStack())
 
         # The run. A step is dispatched before the metrics of the one before it are read, so the device never waits.
         batches = batch_schedule(settings)
         train_step = make_train_step(config, mesh, placing.run_rows)
+        traced = range(0) if settings.profile is None else settings.profile.window(start)
         pending = None
         for step in range(start, settings.steps):
-            if settings.profile and step == settings.profile.start:
-                jax.profiler.start_trace(str(workdir / "profile"))
+            if step in traced[:1]:
+                tracing.enter_context(jax.profiler.trace(str(workdir / "profile")))
             rows = data.rows.next(batches.size_at(step))
             batch = split(rows, settings.microbatch_size and settings.microbatch_size // placing.readers)
             state, metrics = train_step(state, placing.put(batch, microbatches=True))
@@ -141,10 +143,10 @@ def train(
                     f"{bad_steps} steps in a row, up to step {progress.row['step']}, had a loss or gradient that is "
                     f"not finite. {_kept(checkpoints)} Look at their data, or lower train.optimizer.peak_lr."
                 )
-            if settings.profile and done == settings.profile.start + settings.profile.steps:
+            if step in traced and (last or step == traced[-1]):
                 jax.block_until_ready(state.step)
-                jax.profiler.stop_trace()
-                say(f"profile of {settings.profile.steps} steps in {workdir / 'profile'}")
+                tracing.close()
+                say(f"profile of {done - traced.start} steps in {workdir / 'profile'}")
             if must_evaluate:
                 size = settings.microbatch_size or settings.batch_size
                 held_out = map(placing.put, islice(data.held_out(size), settings.evaluation.batches))

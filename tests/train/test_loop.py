@@ -15,7 +15,7 @@ from small_training import DENSE, MOE, SyntheticRows, batch, experiment, synthet
 from dsv2_jax.checkpoint import Checkpoints, load_config, restore_params
 from dsv2_jax.config import CheckpointConfig, ConfigError, ExperimentConfig, ProfileConfig
 from dsv2_jax.config_io import from_json, parse
-from dsv2_jax.train.loop import Data, TrainingFailed, balance_text, evaluate, train
+from dsv2_jax.train.loop import TrainingFailed, balance_text, evaluate, train
 from dsv2_jax.train.loss import lm_loss
 from dsv2_jax.train.metrics import read_rows
 from dsv2_jax.train.state import abstract_state
@@ -171,8 +171,28 @@ def test_balance_losses_that_are_off_are_named_and_experts_are_reported(tmp_path
     json.dumps(summary, allow_nan=False)
 
 
-def test_profile_leaves_a_trace(tmp_path):
-    run(experiment(steps=4, profile=ProfileConfig(start=2, steps=1)), tmp_path)
+@pytest.mark.parametrize(
+    ("before", "profile", "steps", "traced"),
+    [
+        (None, ProfileConfig(start=2, steps=1), 4, 1),
+        (3, ProfileConfig(start=2, steps=3), 6, 2),  # resumed inside the window
+        (5, ProfileConfig(start=2, steps=3), 6, None),  # beyond it
+        (None, ProfileConfig(start=2, steps=10), 4, 2),  # the run ends before the window does
+    ],
+)
+def test_profile_leaves_a_trace_of_the_steps_it_names(tmp_path, capsys, before, profile, steps, traced):
+    if before:
+        run(experiment(steps=before), tmp_path)
+    run(experiment(steps=steps, profile=profile), tmp_path)
+    assert list(losses(tmp_path)) == list(range(1, steps + 1))
+    assert bool(list((tmp_path / "profile").rglob("*.xplane.pb"))) == (traced is not None)
+    assert (f"profile of {traced} steps in {tmp_path / 'profile'}" in capsys.readouterr().out) == (traced is not None)
+
+
+def test_a_run_that_fails_keeps_its_trace(tmp_path):
+    config = experiment(max_bad_steps=2, profile=ProfileConfig(start=2, steps=20))
+    with pytest.raises(TrainingFailed):
+        run(config, tmp_path, synthetic(poisoned=range(4, 13)))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
@@ -187,4 +207,3 @@ def test_the_real_pipeline_end_to_end(tmp_path):
     summary = train(config, tmp_path / "run", matmul_rate=1e9)
     assert summary["data/text/malformed"] == 0
     assert 0 < summary["unigram_bits_per_byte"] < summary["held_out/bits_per_byte"] < 20
-    assert Data(SyntheticRows(), lambda size: iter([])).unigram_bits_per_byte is None

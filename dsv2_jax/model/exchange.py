@@ -51,8 +51,7 @@ def rows_per_peer(config: MoEConfig, devices: int, sequences: int, length: int, 
         return tokens
     rows = math.ceil(slack * tokens * expected_devices(config, devices) / devices)
     if config.dropping is not None:
-        budget = math.ceil(config.dropping.capacity_factor * length * config.experts_per_token / config.groups)
-        rows = min(rows, sequences * budget * -(-config.groups // devices))
+        rows = min(rows, sequences * config.budget(length) * -(-config.groups // devices))
     return min(tokens, -(-rows // 8) * 8)
 
 

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dsv2_jax.config import DroppingConfig, MoEConfig
+from dsv2_jax.config import MoEConfig
 from dsv2_jax.model.parallel import per_token
 from dsv2_jax.types import MoEStats, pytree
 
@@ -72,7 +72,6 @@ def dropped(
     Of the choices of one group and sequence the lowest affinities go first, among equals the later token's. Sequences
     in `protected_B` lose none.
     """
-    dropping: DroppingConfig = config.dropping
     B, T, K = expert_BTK.shape
     group_BA = jnp.where(real_BT[..., None], expert_BTK // config.experts_per_group, config.groups).reshape(B, T * K)
     affinity_BA = chosen_BTK.reshape(B, T * K)
@@ -81,7 +80,7 @@ def dropped(
     starts_here_BA = jnp.concatenate([jnp.ones((B, 1), bool), sorted_BA[:, 1:] != sorted_BA[:, :-1]], axis=1)
     place_BA = jnp.broadcast_to(jnp.arange(T * K), (B, T * K))
     rank_BA = place_BA - jax.lax.cummax(jnp.where(starts_here_BA, place_BA, 0), axis=1)
-    budget_B = jnp.ceil(dropping.capacity_factor * jnp.sum(real_BT, axis=1) * K / config.groups)
+    budget_B = jnp.array([config.budget(n) for n in range(T + 1)], jnp.int32)[jnp.sum(real_BT, axis=1)]
     over_BA = (rank_BA >= budget_B[:, None]) & (sorted_BA < config.groups)
     over_BA = jnp.zeros((B, T * K), bool).at[jnp.arange(B)[:, None], pair_BA].set(over_BA)
     if protected_B is not None:

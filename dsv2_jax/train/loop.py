@@ -208,9 +208,12 @@ def open_data(config: ExperimentConfig, workdir: Path, placing: Placing | None =
 
 
 def keep_config(config: ExperimentConfig, workdir: Path) -> None:
-    """Write config.json, or check that the one there is of the same run: only CHANGEABLE fields may differ."""
+    """Write config.json, or check that the one there is of the same run: only CHANGEABLE fields may differ.
+
+    A run without a checkpoint, such as one whose data could not be prepared, has nothing to lose: it begins anew.
+    """
     path = workdir / "config.json"
-    if path.exists():
+    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         kept = config_io.from_json(ExperimentConfig, path.read_text())
         changed = [(name, old, new) for name, old, new in config_io.diff(kept, config) if not _changeable(name)]
         if changed:

@@ -5,9 +5,7 @@
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 
 class ConfigError(ValueError):
@@ -164,11 +162,6 @@ class MoEConfig:
     def experts_per_group(self) -> int:
         return self.routed_experts // self.groups
 
-    def budget(self, tokens: int) -> int:
-        """ceil(factor T K / D), exact: choices of one group that stay in a sequence of `tokens`; `dropping` is on."""
-        exact = Fraction(str(self.dropping.capacity_factor)) * tokens * self.experts_per_token / self.groups
-        return math.ceil(exact)
-
 
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
@@ -314,10 +307,6 @@ class ProfileConfig:
 
     def __post_init__(self):
         _positive(self, "start", "steps")
-
-    def window(self, resumed: int) -> range:
-        """The steps to trace, counted from 0, of a run that goes on after `resumed` steps."""
-        return range(max(self.start, resumed), self.start + self.steps)
 
 
 @dataclass(frozen=True)

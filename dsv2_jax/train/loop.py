@@ -121,7 +121,9 @@ def train(
         # The run. A step is dispatched before the metrics of the one before it are read, so the device never waits.
         batches = batch_schedule(settings)
         train_step = make_train_step(config, mesh, placing.run_rows)
-        traced = range(0) if settings.profile is None else settings.profile.window(start)
+        profile, traced = settings.profile, range(0)
+        if profile:  # of a run resumed inside the window, the rest
+            traced = range(max(profile.start, start), profile.start + profile.steps)
         pending = None
         for step in range(start, settings.steps):
             if step in traced[:1]:

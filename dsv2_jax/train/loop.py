@@ -70,8 +70,9 @@ def train(
     The folder then holds config.json, checkpoints/, metrics.jsonl and tensorboard/ (and data/, unless `data` is given).
     `matmul_rate`: FLOP/s that count as full utilisation; None measures it. SIGTERM or Ctrl-C saves and returns early.
     Several processes call it alike, with one folder that all see; a signal to any of them stops all.
-    Raises `ConfigError` when the folder belongs to another run or the mesh is impossible, `CheckpointError` when all
-    its checkpoints are damaged, `TrainingFailed` after `max_bad_steps` non-finite steps in a row.
+    Raises `ConfigError` when the folder belongs to another run or the mesh is impossible, `DataError` when its data are
+    damaged, `CheckpointError` when no checkpoint can be read or the next one written, `TrainingFailed` after
+    `max_bad_steps` non-finite steps in a row.
     """
     workdir, settings, model = Path(workdir), config.train, config.model
     is_main = jax.process_index() == 0

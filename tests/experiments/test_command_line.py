@@ -10,13 +10,14 @@ import sys
 
 import pretrain
 import pytest
+import small_training
 from jax.sharding import AbstractMesh
 
 import common
 from dsv2_jax import config_io, presets, sharding
 from dsv2_jax.config import ConfigError, DroppingConfig
 from dsv2_jax.planning import hardware
-from dsv2_jax.train import optimizer
+from dsv2_jax.train import loop, optimizer
 
 EXPERIMENTS = pathlib.Path(common.__file__).parent
 CONFIGS = sorted((EXPERIMENTS / "configs").glob("*.py"))
@@ -164,6 +165,23 @@ def test_help_says_what_the_script_does_its_flags_and_an_example(script):
     assert f"python experiments/{script}" in done.stdout
     assert "options:" in done.stdout
     assert len(done.stdout.splitlines()) > 8
+
+
+def test_damaged_data_and_a_full_disk_end_a_run_with_one_line(tmp_path, monkeypatch):
+    small_training.write_text(tmp_path)
+    config = small_training.text_experiment(tmp_path)
+    loop.open_data(config, tmp_path / "run").rows.close()
+    file = tmp_path / "run" / "data" / "text" / "train-00001-of-00002.arrayrecord"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(SystemExit, match=f"error: {file} is truncated or no ArrayRecord file .*prepare the data again"):
+        common.train(config, str(tmp_path / "run"))
+
+    def fail(config, workdir):
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(loop, "train", fail)
+    with pytest.raises(SystemExit, match=r"error: .*No space left on device: 'metrics\.jsonl'$"):
+        common.train(config, str(tmp_path / "run"))
 
 
 SHOW = """\

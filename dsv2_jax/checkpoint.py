@@ -171,7 +171,9 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        self._manager.close()
+        """Wait, as `wait` does, and end the threads that write."""
+        with self._writing():
+            self._manager.close()
 
     @contextlib.contextmanager
     def _writing(self):

@@ -99,7 +99,7 @@ def test_pretrain_goes_on_where_it_stopped(tmp_path):
 @pytest.mark.parametrize(
     ("lengths", "prompts"),
     [
-        ([9, 7, 8], [4, 4, 4]),  # half of each, no more than 4 tokens
+        ([9, 8, 9], [4, 4, 4]),  # half of each, no more than 4 tokens
         ([3, 9], [4, 1, 4]),  # the longest first, then again
         ([2], [1, 1, 1]),
         ([], [1, 1, 1]),
@@ -108,7 +108,7 @@ def test_pretrain_goes_on_where_it_stopped(tmp_path):
 def test_three_prompts_of_any_documents(lengths, prompts):
     bos, eos = 7, 8
     documents = [np.array([bos, *range(10 * i + 20, 10 * i + 18 + length), eos]) for i, length in enumerate(lengths)]
-    batches = [to_batch([row_4T], np.ones(99, np.int32)) for row_4T, _, _ in pack(documents, 16)]
+    batches = [to_batch([row_4T], np.ones(99, np.int32)) for row_4T, _, _ in pack(documents, 32)]
     found = quickstart.choose_prompts(batches, bos, 4)
     assert [len(prompt) for prompt in found] == prompts
     assert all(prompt[0] == bos and prompt.count(bos) == 1 and eos not in prompt for prompt in found)

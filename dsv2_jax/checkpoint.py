@@ -14,6 +14,7 @@ that export can stream slices of a model larger than memory. A checkpoint made f
 those weights.
 """
 
+import contextlib
 import functools
 import json
 import operator
@@ -160,31 +161,46 @@ class Checkpoints:
         sums |= {name: _document_sum(document) for name, document in documents.items()}
         items = {name: ocp.args.PyTreeSave(arrays[name], save_args=_save_args(tree)) for name, tree in trees.items()}
         items |= {name: ocp.args.JsonSave(document) for name, document in documents.items()}
-        self._manager.save(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonSave(sums)), force=True)
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonSave(sums)), force=True)
 
     def wait(self) -> None:
-        """Block until the checkpoint being written is complete; raises what went wrong with it."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Block until the checkpoint being written is complete; raises `CheckpointError` where it cannot be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
-        self._manager.close()
+        """Wait, as `wait` does, and end the threads that write."""
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:  # another process is gone
+            raise
+        except Exception as error:
+            what = f"a checkpoint cannot be written in {self.folder}: {_first_line(error)}"
+            remedy = "make room or mend that; started again, the run goes on from its last checkpoint"
+            raise CheckpointError(f"{what}: {remedy}") from error
 
     def restore_latest(self, abstract_params, abstract_training) -> Restored | None:
         """The newest checkpoint that is whole, or None where there is none yet.
 
         `abstract_*` give the structure, shapes, types and (where set) shardings. A damaged checkpoint is reported and
         the one before it used; it is moved aside to `<step>.damaged`, so that the run can write that step again.
-        Raises `CheckpointError` when every checkpoint is damaged, `ValueError` when a whole one holds another model.
+        Raises `CheckpointError` when every checkpoint is damaged, when a whole one holds another model, and when one
+        cannot be read for another reason: no permission, no memory.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 restored = self._restore(step, {"params": abstract_params, "training": abstract_training})
             except Exception as error:
-                if _is_mismatch(error):
-                    raise
-                restored, damaged[step] = None, _first_line(error)
+                damaged[step] = _damage(error, self.folder / str(step))
+                restored = None
             if _everywhere(restored is not None):
                 self._move_aside(damaged, instead=step)
                 return restored
@@ -222,16 +238,14 @@ def restore_params(path: str | epath.Path, abstract_params, step: int | None = N
     """Only the model of a checkpoint (the newest, or the one of `step`); the optimizer's arrays are not read.
 
     `path` is a run's folder, its folder of checkpoints, or one checkpoint. Arrays stored in another type than asked for
-    are cast when their checksums have been found right. Raises `CheckpointError`, or `ValueError`
-    when the checkpoint holds another model than `abstract_params`.
+    are cast when their checksums have been found right. Raises `CheckpointError`, also when the checkpoint holds
+    another model than `abstract_params`.
     """
     folder = locate(path, step)
     try:
         values = _read(folder, {"params": to_dict(abstract_params)}, ())
     except Exception as error:
-        if _is_mismatch(error):
-            raise
-        raise CheckpointError(f"{folder} is damaged: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} is damaged: {_damage(error, folder)}") from error
     return from_dict(abstract_params, values["params"])
 
 
@@ -241,7 +255,7 @@ def load_config(path: str | epath.Path, step: int | None = None) -> dict:
     try:
         return _read(folder, {}, ("config",))["config"]
     except Exception as error:
-        raise CheckpointError(f"{folder} is damaged: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} is damaged: {_damage(error, folder)}") from error
 
 
 def write_documents(folder: epath.Path, config: dict, sums: dict[str, int]) -> None:
@@ -260,7 +274,7 @@ def load_checksums(folder: epath.Path) -> dict[str, int]:
     try:
         return ocp.JsonCheckpointHandler().restore(folder / "checksums")["params"]
     except Exception as error:
-        raise CheckpointError(f"{folder} is damaged: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder} is damaged: {_damage(error, folder)}") from error
 
 
 def locate(path: str | epath.Path, step: int | None = None) -> epath.Path:
@@ -281,12 +295,22 @@ def _absolute(path: str | epath.Path) -> epath.Path:
     return path if "://" in str(path) else path.absolute()
 
 
-class _Mismatch(ValueError):
+class _Mismatch(CheckpointError, ValueError):
     """A whole checkpoint that holds other arrays than asked for: not damage, so no older one is tried."""
 
 
-def _is_mismatch(error: Exception) -> bool:
-    return isinstance(error, _Mismatch)
+# What stops the reading of a whole checkpoint; TensorStore and XLA say it in words alone.
+NOT_DAMAGE = ("PERMISSION_DENIED", "Permission denied", "RESOURCE_EXHAUSTED", "Too many open files")
+
+
+def _damage(error: Exception, folder: epath.Path) -> str:
+    """What is damaged in the checkpoint `folder`, in one line; raises where `error` is no sign of damage."""
+    if isinstance(error, _Mismatch):
+        raise error
+    if isinstance(error, (PermissionError, MemoryError)) or any(words in str(error) for words in NOT_DAMAGE):
+        remedy = "allow it to be read, or free memory, and start again"
+        raise CheckpointError(f"{folder} cannot be read: {_first_line(error)}; {remedy}") from error
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

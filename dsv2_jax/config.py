@@ -12,6 +12,10 @@ class ConfigError(ValueError):
     """A setting is missing, unknown or impossible; the message names the field, the value and the remedy."""
 
 
+class DataError(ValueError):
+    """The data, not a setting, is at fault; the message names the file and the remedy."""
+
+
 def check(condition: bool, field: str, value, must: str) -> None:
     """Raise `ConfigError` naming `field` and `value` unless `condition` holds; `must` says what would be accepted."""
     if not condition:
@@ -162,6 +166,13 @@ class MoEConfig:
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
 TRANSPORTS = ("auto", "stepwise", "ragged")
+IMPLEMENTATIONS = {  # of every op of kernels_pallas, fastest first
+    "expert_ffn": ("composed", "xla", "reference"),
+    "grouped_matmul": ("tpu", "gpu", "xla", "reference"),
+    "token_dispatch": ("tpu", "xla", "reference"),
+    "flash_attention": ("tpu", "gpu", "xla", "reference"),
+    "latent_attention": ("tpu", "gpu", "xla", "reference"),
+}
 
 
 @dataclass(frozen=True)
@@ -172,7 +183,7 @@ class ComputeConfig:
     remat: str = "full"  # what a block keeps for its backward pass: "none" keeps all, "dots" matmuls, "full" its input
     unroll: int = 1  # MoE layers per step of the scan over them: more compile longer and copy less
     loss_chunk: int = 256  # positions of each sequence whose logits are held at once
-    expert_ffn: str = "auto"  # an implementation of kernels_pallas, or "auto"; so are the following
+    expert_ffn: str = "auto"  # one of IMPLEMENTATIONS, or "auto"; so are the following
     grouped_matmul: str = "auto"
     token_dispatch: str = "auto"
     flash_attention: str = "auto"
@@ -189,6 +200,9 @@ class ComputeConfig:
         check(self.remat in REMAT_POLICIES, "ComputeConfig.remat", self.remat, f"be one of {', '.join(REMAT_POLICIES)}")
         ok = self.expert_transport in TRANSPORTS
         check(ok, "ComputeConfig.expert_transport", self.expert_transport, f"be one of {', '.join(TRANSPORTS)}")
+        for op, names in IMPLEMENTATIONS.items():
+            name, known = getattr(self, op), ("auto", *names)
+            check(name in known, f"ComputeConfig.{op}", name, f"be one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -313,6 +327,7 @@ class TrainConfig:
     def __post_init__(self):
         _positive(self, "steps", "sequence_length", "batch_size", "log_every", "max_bad_steps")
         micro = self.batch_size if self.microbatch_size is None else self.microbatch_size
+        check(0 <= self.seed < 2**32, "TrainConfig.seed", self.seed, "lie between 0 and 2**32 - 1")
         ok = micro > 0 and self.batch_size % micro == 0
         check(ok, "TrainConfig.microbatch_size", self.microbatch_size, f"divide batch_size={self.batch_size}")
         if self.batch_ramp:
@@ -379,7 +394,8 @@ class DataConfig:
         check(0 < self.held_out_share < 1, "DataConfig.held_out_share", self.held_out_share, "lie between 0 and 1")
         check(0 <= self.malformed_share <= 1, "DataConfig.malformed_share", self.malformed_share, "lie between 0 and 1")
         _positive(self, "virtual_shards")
-        check(self.workers >= 0, "DataConfig.workers", self.workers, "not be negative")
+        for name in ("workers", "seed"):
+            check(getattr(self, name) >= 0, f"DataConfig.{name}", getattr(self, name), "not be negative")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ with such a path.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -181,7 +182,8 @@ def _read(kind, text: str):
     try:
         if typing.get_origin(option) is tuple:
             if text[:1] in ("(", "["):
-                return ast.literal_eval(text)
+                with contextlib.suppress(ValueError, SyntaxError):  # a glob may begin so, too
+                    return ast.literal_eval(text)
             item = typing.get_args(option)[0]
             return tuple(_read(item, part.strip()) for part in text.split(",")) if text else ()
         if dataclasses.is_dataclass(option):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 
 from dsv2_jax import config_io
-from dsv2_jax.config import ConfigError, ExperimentConfig, ModelConfig
+from dsv2_jax.config import ConfigError, DataError, ExperimentConfig, ModelConfig
 
 OVERRIDES = """\
 --config is a Python file whose get_config() returns an ml_collections.ConfigDict, or the config.json of an earlier run.
@@ -126,12 +126,11 @@ def _read_config(path: pathlib.Path) -> dict:
 def train(config: ExperimentConfig, workdir: str) -> dict:
     """`dsv2_jax.train.loop.train`; what ends a run early becomes one line and exit code 1."""
     from dsv2_jax.checkpoint import CheckpointError  # imports JAX: only once the command line is known to be right
-    from dsv2_jax.data.sources import DataError
     from dsv2_jax.train import loop
 
     try:
         return loop.train(config, workdir)
-    except (CheckpointError, DataError, FileNotFoundError, loop.TrainingFailed) as error:
+    except (CheckpointError, DataError, OSError, loop.TrainingFailed) as error:
         sys.exit(f"{_script()}: error: {error}")
 
 
@@ -182,7 +181,7 @@ def keep_memory() -> None:
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -10,7 +10,7 @@ import json
 import time
 
 import common
-from dsv2_jax.config import DTYPES, ConfigError, SourceConfig
+from dsv2_jax.config import DTYPES, ConfigError, DataError, SourceConfig
 
 
 def arguments():
@@ -57,7 +57,7 @@ def main() -> None:
     import tqdm
 
     from dsv2_jax import sharding
-    from dsv2_jax.data.sources import DataError, expand
+    from dsv2_jax.data.sources import expand
     from dsv2_jax.train.loop import evaluate
     from dsv2_jax.train.placing import Placing
 

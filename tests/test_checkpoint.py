@@ -1,13 +1,16 @@
 import functools
 import json
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore
+from disk import file_size_limit
 from flax import nnx
 
 from dsv2_jax import checkpoint
@@ -246,11 +249,67 @@ def test_another_model_is_an_error_not_damage(intact, tmp_path):
     folder, said = tmp_path / "run", []
     shutil.copytree(intact, folder)
     manager = Checkpoints(folder, report=said.append)
-    with pytest.raises(ValueError, match=r"embed is \(7, 500\), wanted \(8, 500\)"):
+    with pytest.raises(CheckpointError, match=r"embed is \(7, 500\), wanted \(8, 500\)"):
         manager.restore_latest(abstract(width=8)[0], abstract()[1])
-    with pytest.raises(ValueError, match=r"embed is \(7, 500\), wanted \(8, 500\)"):
+    with pytest.raises(CheckpointError, match=r"embed is \(7, 500\), wanted \(8, 500\)"):
         checkpoint.restore_params(folder, abstract(width=8)[0])
     assert not said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied", "embed"),
+        ValueError('PERMISSION_DENIED: Error reading "embed"'),
+        MemoryError("12 GB"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    ],
+    ids=repr,
+)
+def test_what_keeps_a_whole_checkpoint_from_being_read_is_not_damage(intact, tmp_path, monkeypatch, error):
+    folder, said = tmp_path / "run", []
+    shutil.copytree(intact, folder)
+    manager = Checkpoints(folder, report=said.append)
+
+    def fail(*arguments):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_read", fail)
+        for read in (lambda: manager.restore_latest(*abstract()), lambda: checkpoint.restore_params(folder, None)):
+            with pytest.raises(CheckpointError, match=rf"{folder / '2'} cannot be read: .*; allow it to be read"):
+                read()
+    assert not said
+    assert manager.restore_latest(*abstract()).step == 2
+    manager.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as for reads that have failed
+def test_a_full_disk_is_a_checkpoint_error(intact, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(intact, folder)
+    manager = Checkpoints(folder)
+    model, training = trees(3)
+    with file_size_limit(2000):
+        manager.save(3, params=model, training=training, iterator={}, config={})
+        with pytest.raises(CheckpointError, match=f"cannot be written in {folder}: .*: make room"):
+            manager.wait()
+    manager.close()
+    assert Checkpoints(folder).restore_latest(*abstract()).step == 2
+
+
+def test_a_save_returns_before_its_arrays_are_written(tmp_path, monkeypatch):
+    """Asynchronous: the step is complete only once `wait` has returned."""
+    release, finalize = threading.Event(), ocp.CheckpointManager._finalize
+    monkeypatch.setattr(ocp.CheckpointManager, "_finalize", lambda *a, **k: (release.wait(10), finalize(*a, **k))[1])
+    manager = Checkpoints(tmp_path)
+    model, training = trees(1)
+    manager.save(1, params=model, training=training, iterator={}, config={})
+    assert not (tmp_path / "1").exists()
+    release.set()
+    manager.wait()
+    assert (tmp_path / "1").exists()
+    manager.close()
 
 
 def test_what_a_killed_save_left_behind_is_no_checkpoint(intact, tmp_path):

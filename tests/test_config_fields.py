@@ -15,8 +15,7 @@ import pytest
 import small
 
 from dsv2_jax import config, config_io, sharding
-from dsv2_jax.config import ConfigError, ExperimentConfig
-from dsv2_jax.data.sources import DataError
+from dsv2_jax.config import ConfigError, DataError, ExperimentConfig
 from dsv2_jax.inference import generate
 from dsv2_jax.model.transformer import Transformer
 from dsv2_jax.train import loop, optimizer, state, step

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv2_jax.config import ConfigError, DataConfig, check
+from dsv2_jax.config import ConfigError, DataConfig, DataError, check
 from dsv2_jax.data.packing import pack, to_batch
 from dsv2_jax.data.prefetch import Ahead, Workers
 from dsv2_jax.data.prepared import AGAIN, Records, check_documents, read_manifest, train_file
@@ -126,9 +126,9 @@ class TrainIterator:
     workers = 0 packs in a thread; more start that many processes (at most one per owned shard, lowered to a divisor of
     their number), by "spawn": a script needs its `if __name__ == "__main__"`. They start with the first `next`.
 
-    Raises ConfigError for settings that do not fit the data or each other; FileNotFoundError or ValueError, naming the
-    file, for missing or damaged data; RuntimeError from `next` when a worker process died. After an error the place is
-    as before the failed `next`. Use as a context manager, or call `close`.
+    Raises ConfigError for settings that do not fit the data or each other; DataError, naming the file, for missing or
+    damaged data, and from `next` when a worker process died. After an error the place is as before the failed `next`.
+    Use as a context manager, or call `close`.
     """
 
     def __init__(
@@ -143,7 +143,6 @@ class TrainIterator:
         prefetch: int = 64,
     ):
         prepared, names = Path(prepared), [source.name for source in config.sources]
-        check(config.seed >= 0, "DataConfig.seed", config.seed, "not be negative")
         check(sequence_length > 0, "sequence_length", sequence_length, "be positive")
         check(prefetch > 0, "prefetch", prefetch, "be positive")
         check(0 <= process_index < process_count, "process_index", process_index, f"lie in 0..{process_count - 1}")
@@ -283,7 +282,7 @@ def held_out_batches(
         check_documents(prepared, name, "held_out", sum(map(len, records)), source["held_out"]["documents"])
         files += records
     if not any(map(len, files)):
-        raise ValueError(f"{prepared} has no held-out document: raise DataConfig.held_out_share and {AGAIN}")
+        raise DataError(f"{prepared} has no held-out document: raise DataConfig.held_out_share and {AGAIN}")
     return _held_out(files, sequence_length, batch_size, token_bytes_V, process_index, process_count)
 
 

@@ -9,6 +9,8 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
+from dsv2_jax.config import DataError
+
 
 def _work(items: Iterable, connection: multiprocessing.connection.Connection) -> None:
     """A worker process: sends items, blocking while the pipe is full, until the trainer's end of the pipe is closed."""
@@ -51,8 +53,8 @@ class Workers:
         except (EOFError, OSError) as error:  # at, or inside of, an item
             self.processes[worker].join(5)
             code = self.processes[worker].exitcode
-            what = f"data worker {worker} died with exit code {code}: see its output above; -9 is often lack of memory"
-            raise RuntimeError(f"{what}, then lower DataConfig.workers or TrainIterator's prefetch") from error
+            what = f"data worker {worker} died with exit code {code}: see its output above"
+            raise DataError(f"{what}; -9 is often lack of memory, then lower DataConfig.workers") from error
         if isinstance(item, Exception):
             raise item
         return item

@@ -27,10 +27,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from dsv2_jax.config import ConfigError, DataConfig, SourceConfig, check
+from dsv2_jax.config import ConfigError, DataConfig, DataError, SourceConfig, check
 from dsv2_jax.data import filters
 from dsv2_jax.data.dedup import Deduplicator
-from dsv2_jax.data.sources import DataError, Malformed, expand, iter_records
+from dsv2_jax.data.sources import Malformed, expand, iter_records
 from dsv2_jax.data.tokenizer import Tokenizer
 
 VERSION = 1
@@ -125,11 +125,20 @@ def prepare(config: DataConfig, out: str | Path, vocab_size: int, progress: bool
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     total = sum(path.stat().st_size for source in config.sources for path in expand(source))
-    with tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=not progress) as bar:
-        manifest = _prepare(config, partial, vocab_size, bar)
-    manifest = {"version": VERSION, "config_digest": _digest(settings), **manifest, "settings": settings}
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
-    os.replace(partial, out)
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=not progress) as bar:
+            manifest = _prepare(config, partial, vocab_size, bar)
+        manifest = {"version": VERSION, "config_digest": _digest(settings), **manifest, "settings": settings}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
+        os.replace(partial, out)
+    except (OSError, RuntimeError) as error:  # of files, and of the writers of ArrayRecord
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DataError(f"{out}: preparing failed ({reason}): mend that, or make room, and start again") from error
+    for name, source in manifest["sources"].items():
+        if source["malformed_count"]:
+            first, listed = source["malformed"][0], f"{out / 'manifest.json'} lists the first {MALFORMED_LISTED}"
+            what = f"{source['malformed_count']} of {source['read']} records are malformed and left out"
+            tqdm.write(f"source {name!r}: {what}, {first['where']} the first ({first['error']}); {listed}")
     return manifest
 
 
@@ -198,20 +207,21 @@ class _Source:
 
     def __init__(self, config: DataConfig, source: SourceConfig, clean, dedup: Deduplicator | None, bar: tqdm):
         self._config, self._source, self._clean, self._dedup, self._bar = config, source, clean, dedup, bar
-        self.read = self.malformed_count = 0
+        self.read = self.malformed_count = self._bytes = 0
+        self._total_bytes = sum(path.stat().st_size for path in expand(source))
         self.malformed: list[dict[str, str]] = []
         self.removed: Counter = Counter()
 
     def _texts(self) -> Iterator[str]:
         for record in iter_records(self._source):
-            self.read += 1
+            self.read, self._bytes = self.read + 1, self._bytes + record.size
             self._bar.update(record.size)
             if isinstance(record, Malformed):
                 self.malformed_count += 1
                 if len(self.malformed) < MALFORMED_LISTED:
                     self.malformed.append({"where": record.where, "error": record.error})
-                else:
-                    self._check_malformed()  # a hopeless source stops here, not at its end
+                else:  # a hopeless source stops here, not at its end
+                    self._check_malformed(math.ceil(self.read * self._total_bytes / max(1, self._bytes)))
                 continue
             text = self._clean(record.text, self.removed)
             if text is None:
@@ -220,14 +230,15 @@ class _Source:
                 self.removed[reason] += 1
                 continue
             yield text
-        self._check_malformed()
+        self._check_malformed(self.read)
 
-    def _check_malformed(self) -> None:
-        share = self.malformed_count / max(1, self.read)
-        if share > self._config.malformed_share:
+    def _check_malformed(self, records: int) -> None:
+        """`records`: how many the source has; before its end, how many its bytes let expect."""
+        if self.malformed_count / max(1, records) > self._config.malformed_share:
             listed = "\n".join(f"  {item['where']}: {item['error']}" for item in self.malformed)
             limit = f"more than DataConfig.malformed_share={self._config.malformed_share}"
-            what = f"source {self._source.name!r}: {self.malformed_count} of {self.read} records are malformed, {limit}"
+            of = f"{self.read} records" + (f" (about {records} in all)" if records != self.read else "")
+            what = f"source {self._source.name!r}: {self.malformed_count} of {of} are malformed, {limit}"
             raise DataError(f"{what}: mend them, leave them out, or raise it:\n{listed}")
 
     def documents(self) -> Iterator[tuple[str, str]]:
@@ -310,6 +321,9 @@ def _prepare(config: DataConfig, folder: Path, vocab_size: int, bar: tqdm) -> di
             "malformed_count": reading.malformed_count,
             "read": reading.read,
         }
+    most, shards = max(counts["train"]["documents"] for counts in sources.values()), config.virtual_shards
+    must = f"be at most {most}, the training documents of the largest source, so that every shard has one"
+    check(shards <= most, "DataConfig.virtual_shards", shards, must)
     held_out_bytes = sum(counts["held_out"]["bytes"] for counts in sources.values())
     return {
         "vocab_size": tokenizer.vocab_size,

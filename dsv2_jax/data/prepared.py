@@ -13,7 +13,7 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from dsv2_jax.config import ConfigError
+from dsv2_jax.config import ConfigError, DataError
 
 AGAIN = "prepare the data again (into an empty folder)"
 
@@ -23,11 +23,11 @@ class Records:
 
     def __init__(self, path: Path, vocab_size: int):
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: {AGAIN}")
+            raise DataError(f"{path} is missing: {AGAIN}")
         try:
             self._source = grain.sources.ArrayRecordDataSource(str(path))
         except RuntimeError as error:
-            raise ValueError(f"{path} is truncated or no ArrayRecord file ({error}): {AGAIN}") from error
+            raise DataError(f"{path} is truncated or no ArrayRecord file ({error}): {AGAIN}") from error
         self._path, self._vocab_size = path, vocab_size
 
     def __len__(self) -> int:
@@ -37,14 +37,14 @@ class Records:
         try:
             record = self._source[index]
         except RuntimeError as error:
-            raise ValueError(f"{self._path}, record {index} is damaged ({error}): {AGAIN}") from error
+            raise DataError(f"{self._path}, record {index} is damaged ({error}): {AGAIN}") from error
         if len(record) < 8 or len(record) % 4:
             what = f"{len(record)} bytes, not two or more uint32 token ids"
-            raise ValueError(f"{self._path}, record {index} holds {what}: {AGAIN}")
+            raise DataError(f"{self._path}, record {index} holds {what}: {AGAIN}")
         ids = np.frombuffer(record, "<u4")
         if (largest := ids.max()) >= self._vocab_size:
             what = f"token {largest} in a vocabulary of {self._vocab_size}"
-            raise ValueError(f"{self._path}, record {index} holds {what}: {AGAIN}")
+            raise DataError(f"{self._path}, record {index} holds {what}: {AGAIN}")
         return ids
 
 
@@ -52,16 +52,16 @@ def read_manifest(prepared: Path, token_bytes_V: np.ndarray) -> dict:
     """manifest.json, checked against the tokenizer's table of bytes per token."""
     path = prepared / "manifest.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing, as if preparing had been cut short: {AGAIN}")
+        raise DataError(f"{path} is missing, as if preparing had been cut short: {AGAIN}")
     try:
         manifest = json.loads(path.read_text())
         vocab_size, sources = manifest["vocab_size"], manifest["sources"]
         [source[split]["documents"] for source in sources.values() for split in ("train", "held_out")]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): {AGAIN}") from error
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): {AGAIN}") from error
     if vocab_size != len(token_bytes_V):
         what = f"vocab_size {vocab_size}, but the tokenizer has {len(token_bytes_V)} tokens"
-        raise ValueError(f"{path}: {what}: use the tokenizer.json beside it, or {AGAIN}")
+        raise DataError(f"{path}: {what}: use the tokenizer.json beside it, or {AGAIN}")
     return manifest
 
 
@@ -78,7 +78,7 @@ def train_file(prepared: Path, source: str, shard: int, shards: int) -> Path:
 
 
 def check_documents(prepared: Path, source: str, split: str, found: int, expected: int) -> None:
-    """ValueError unless the files hold as many documents as the manifest says: none is of an older preparation."""
+    """DataError unless the files hold as many documents as the manifest says: none is of an older preparation."""
     if found != expected:
         what = f"the {split} files of source {source!r} hold {found} documents, manifest.json says {expected}"
-        raise ValueError(f"{prepared / source}: {what}: {AGAIN}")
+        raise DataError(f"{prepared / source}: {what}: {AGAIN}")

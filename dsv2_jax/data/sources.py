@@ -18,16 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from array_record.python.array_record_module import ArrayRecordReader
 
-from dsv2_jax.config import ConfigError, SourceConfig
+from dsv2_jax.config import ConfigError, DataError, SourceConfig
 
 STDLIB = "stdlib"
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 TEXT_PIECE_BYTES = 32 << 10  # longer text files are read as several documents, about equally long, cut at line ends
 _PARQUET_ROWS = 64  # decoded at once
-
-
-class DataError(ValueError):
-    """The data, not a setting, is at fault; the message names the file."""
 
 
 @dataclass(frozen=True)

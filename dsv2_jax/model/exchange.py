@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv2_jax.config import MoEConfig
+from dsv2_jax.model.router import budget
 from dsv2_jax.types import pytree
 
 AXIS = "expert"
@@ -51,8 +52,7 @@ def rows_per_peer(config: MoEConfig, devices: int, sequences: int, length: int, 
         return tokens
     rows = math.ceil(slack * tokens * expected_devices(config, devices) / devices)
     if config.dropping is not None:
-        budget = math.ceil(config.dropping.capacity_factor * length * config.experts_per_token / config.groups)
-        rows = min(rows, sequences * budget * -(-config.groups // devices))
+        rows = min(rows, sequences * budget(config, length) * -(-config.groups // devices))
     return min(tokens, -(-rows // 8) * 8)
 
 

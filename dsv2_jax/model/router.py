@@ -4,11 +4,14 @@ All in float32: the choice must not depend on the compute dtype.
 """
 
 import functools
+import math
+from fractions import Fraction
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from dsv2_jax.config import DroppingConfig, MoEConfig
+from dsv2_jax.config import MoEConfig
 from dsv2_jax.model.parallel import per_token
 from dsv2_jax.types import MoEStats, pytree
 
@@ -64,6 +67,12 @@ def balance_losses(scores_BTE: jax.Array, expert_BTK: jax.Array, real_BT: jax.Ar
     return jnp.stack([(alpha or 0.0) * loss for alpha, loss in zip(coefficients, losses, strict=True)], axis=-1)
 
 
+def budget(config: MoEConfig, tokens: int) -> int:
+    """ceil(factor T K / D): choices of one group computed in a sequence of T tokens. Exact: no rounding of 1.2."""
+    factor = Fraction(str(config.dropping.capacity_factor))
+    return math.ceil(factor * tokens * config.experts_per_token / config.groups)
+
+
 def dropped(
     chosen_BTK: jax.Array, expert_BTK: jax.Array, real_BT: jax.Array, protected_B: jax.Array | None, config: MoEConfig
 ) -> jax.Array:
@@ -72,7 +81,6 @@ def dropped(
     Of the choices of one group and sequence the lowest affinities go first, among equals the later token's. Sequences
     in `protected_B` lose none.
     """
-    dropping: DroppingConfig = config.dropping
     B, T, K = expert_BTK.shape
     group_BA = jnp.where(real_BT[..., None], expert_BTK // config.experts_per_group, config.groups).reshape(B, T * K)
     affinity_BA = chosen_BTK.reshape(B, T * K)
@@ -81,7 +89,7 @@ def dropped(
     starts_here_BA = jnp.concatenate([jnp.ones((B, 1), bool), sorted_BA[:, 1:] != sorted_BA[:, :-1]], axis=1)
     place_BA = jnp.broadcast_to(jnp.arange(T * K), (B, T * K))
     rank_BA = place_BA - jax.lax.cummax(jnp.where(starts_here_BA, place_BA, 0), axis=1)
-    budget_B = jnp.ceil(dropping.capacity_factor * jnp.sum(real_BT, axis=1) * K / config.groups)
+    budget_B = jnp.array([budget(config, n) for n in range(T + 1)], jnp.int32)[jnp.sum(real_BT, axis=1)]
     over_BA = (rank_BA >= budget_B[:, None]) & (sorted_BA < config.groups)
     over_BA = jnp.zeros((B, T * K), bool).at[jnp.arange(B)[:, None], pair_BA].set(over_BA)
     if protected_B is not None:
@@ -99,6 +107,7 @@ def route(
 ) -> Routing:
     """Routes every token that is `real` (not padding); tokens are dropped in training only."""
     E = config.routed_experts
+    chex.assert_shape(logits_BTE, (*real_BT.shape, E))
     scores_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
     chosen_BTK, expert_BTK = per_token(functools.partial(choose, config=config), scores_BTE)
     computed_BTK = jnp.broadcast_to(real_BT[..., None], expert_BTK.shape)

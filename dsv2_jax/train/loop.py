@@ -70,8 +70,9 @@ def train(
     The folder then holds config.json, checkpoints/, metrics.jsonl and tensorboard/ (and data/, unless `data` is given).
     `matmul_rate`: FLOP/s that count as full utilisation; None measures it. SIGTERM or Ctrl-C saves and returns early.
     Several processes call it alike, with one folder that all see; a signal to any of them stops all.
-    Raises `ConfigError` when the folder belongs to another run or the mesh is impossible, `CheckpointError` when all
-    its checkpoints are damaged, `TrainingFailed` after `max_bad_steps` non-finite steps in a row.
+    Raises `ConfigError` when the folder belongs to another run or the mesh is impossible, `DataError` when its data are
+    damaged, `CheckpointError` when no checkpoint can be read or the next one written, `TrainingFailed` after
+    `max_bad_steps` non-finite steps in a row.
     """
     workdir, settings, model = Path(workdir), config.train, config.model
     is_main = jax.process_index() == 0
@@ -116,14 +117,18 @@ def train(
         stopped_by, agreement = stack.enter_context(_stop_signals()), Agreement(mesh)
         stack.enter_context(sharding.use(mesh))
         stack.enter_context(ending_with_the_others())
+        tracing = stack.enter_context(contextlib.ExitStack())
 
         # The run. A step is dispatched before the metrics of the one before it are read, so the device never waits.
         batches = batch_schedule(settings)
         train_step = make_train_step(config, mesh, placing.run_rows)
+        profile, traced = settings.profile, range(0)
+        if profile:  # of a run resumed inside the window, the rest
+            traced = range(max(profile.start, start), profile.start + profile.steps)
         pending = None
         for step in range(start, settings.steps):
-            if settings.profile and step == settings.profile.start:
-                jax.profiler.start_trace(str(workdir / "profile"))
+            if step in traced[:1]:
+                tracing.enter_context(jax.profiler.trace(str(workdir / "profile")))
             rows = data.rows.next(batches.size_at(step))
             batch = split(rows, settings.microbatch_size and settings.microbatch_size // placing.readers)
             state, metrics = train_step(state, placing.put(batch, microbatches=True))
@@ -141,10 +146,10 @@ def train(
                     f"{bad_steps} steps in a row, up to step {progress.row['step']}, had a loss or gradient that is "
                     f"not finite. {_kept(checkpoints)} Look at their data, or lower train.optimizer.peak_lr."
                 )
-            if settings.profile and done == settings.profile.start + settings.profile.steps:
+            if step in traced and (last or step == traced[-1]):
                 jax.block_until_ready(state.step)
-                jax.profiler.stop_trace()
-                say(f"profile of {settings.profile.steps} steps in {workdir / 'profile'}")
+                tracing.close()
+                say(f"profile of {done - traced.start} steps in {workdir / 'profile'}")
             if must_evaluate:
                 size = settings.microbatch_size or settings.batch_size
                 held_out = map(placing.put, islice(data.held_out(size), settings.evaluation.batches))
@@ -206,9 +211,12 @@ def open_data(config: ExperimentConfig, workdir: Path, placing: Placing | None =
 
 
 def keep_config(config: ExperimentConfig, workdir: Path) -> None:
-    """Write config.json, or check that the one there is of the same run: only CHANGEABLE fields may differ."""
+    """Write config.json, or check that the one there is of the same run: only CHANGEABLE fields may differ.
+
+    A run without a checkpoint, such as one whose data could not be prepared, has nothing to lose: it begins anew.
+    """
     path = workdir / "config.json"
-    if path.exists():
+    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         kept = config_io.from_json(ExperimentConfig, path.read_text())
         changed = [(name, old, new) for name, old, new in config_io.diff(kept, config) if not _changeable(name)]
         if changed:

@@ -130,8 +130,17 @@ def _page(workdir: Path, rows: list[dict], samples: Sequence[tuple[str, str]]) -
     if (workdir / "config.json").exists():
         config = html.escape((workdir / "config.json").read_text())
         parts.append(f"<h2>Configuration</h2><details><summary>config.json</summary><pre>{config}</pre></details>")
+    parts.append(f"<h2>Files</h2><table>{_files(workdir)}</table>")
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>dsv2_jax run</title><style>{STYLE}</style>'
     return head + "".join(parts) + "</html>\n"
+
+
+def _files(workdir: Path) -> str:
+    steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    files = {"every logged number": workdir / "metrics.jsonl"}
+    files |= {"newest checkpoint": workdir / "checkpoints" / str(max(steps))} if steps else {}
+    files |= {"curves": f"tensorboard --logdir={workdir / 'tensorboard'}"}
+    return "".join(f"<tr><td>{what}</td><td>{html.escape(str(where))}</td></tr>" for what, where in files.items())
 
 
 def _image(workdir: Path, name: str) -> str:

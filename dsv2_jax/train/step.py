@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -48,7 +49,8 @@ def make_train_step(config: ExperimentConfig, mesh: jax.sharding.Mesh | None = N
     dropping = config.model.moe.dropping if config.model.moe else None
 
     def train_step(state: State, batch: Batch) -> tuple[State, StepMetrics]:
-        microbatches, rows = batch.tokens_BT.shape[:2]
+        microbatches, rows, length = batch.tokens_BT.shape
+        chex.assert_tree_shape_prefix(batch, (microbatches, rows, length))
         weight = jnp.maximum(jnp.sum(batch.weights_BT), 1e-9)
         sequences = jnp.maximum(jnp.sum(jnp.any(batch.segments_BT > 0, axis=-1)), 1)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)

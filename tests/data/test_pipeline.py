@@ -13,7 +13,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv2_jax.config import ConfigError, DataConfig, SourceConfig
+from dsv2_jax.config import ConfigError, DataConfig, DataError, SourceConfig
 from dsv2_jax.data.pipeline import TrainIterator, held_out_batches, merge_states
 
 BOS, EOS, VOCAB, SHARDS, T = 1, 2, 300, 8, 32
@@ -247,7 +247,7 @@ def test_workers_give_the_same_rows_and_states_and_a_dead_one_is_an_error(data, 
             np.testing.assert_array_equal(stacked(without.next(9)), reference[54:63])
         os.kill(workers[1], signal.SIGTERM)  # meant for the trainer: workers go on until it closes them
         os.kill(workers[0], signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="data worker 0 died with exit code -9"):
+        with pytest.raises(DataError, match="data worker 0 died with exit code -9"):
             read(iterator, 100)  # what it had already sent still comes, in order
         place = iterator.get_state()
         assert gone(workers), "the other worker was stopped"
@@ -380,19 +380,19 @@ AGAIN = "prepare the data again"
 
 def test_missing_file(damaged):
     file_of(damaged).unlink()
-    assert_fails(damaged, FileNotFoundError, f"train-00003-of-00008.arrayrecord is missing: {AGAIN}")
+    assert_fails(damaged, DataError, f"train-00003-of-00008.arrayrecord is missing: {AGAIN}")
 
 
 @pytest.mark.parametrize("content", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"x" * len(b)])
 def test_truncated_file(damaged, content):
     path = file_of(damaged)
     path.write_bytes(content(path.read_bytes()))
-    assert_fails(damaged, ValueError, f"train-00003-of-00008.arrayrecord is truncated.*{AGAIN}")
+    assert_fails(damaged, DataError, f"train-00003-of-00008.arrayrecord is truncated.*{AGAIN}")
 
 
 def test_files_of_another_preparation(damaged):
     write(file_of(damaged), [[BOS, 5, EOS]])
-    assert_fails(damaged, ValueError, f"hold 36 documents, manifest.json says 40: {AGAIN}")
+    assert_fails(damaged, DataError, f"hold 36 documents, manifest.json says 40: {AGAIN}")
 
 
 @pytest.mark.parametrize(
@@ -400,12 +400,12 @@ def test_files_of_another_preparation(damaged):
 )
 def test_bad_record(damaged, ids, what):
     write(file_of(damaged), [[BOS, 5, EOS], ids, *[[BOS, 6, EOS]] * 3])
-    assert_fails(damaged, ValueError, f"train-00003-of-00008.arrayrecord, record 1 holds {what}.*{AGAIN}")
+    assert_fails(damaged, DataError, f"train-00003-of-00008.arrayrecord, record 1 holds {what}.*{AGAIN}")
 
 
 def test_bad_record_in_a_worker(damaged):
     write(file_of(damaged), [[BOS, 5, EOS], [BOS], *[[BOS, 6, EOS]] * 3])
-    assert_fails(damaged, ValueError, "record 1 holds 4 bytes", workers=1)
+    assert_fails(damaged, DataError, "record 1 holds 4 bytes", workers=1)
 
 
 def test_another_number_of_virtual_shards(damaged):
@@ -414,22 +414,22 @@ def test_another_number_of_virtual_shards(damaged):
 
 
 def test_manifest_must_be_there_whole_and_match(damaged):
-    with pytest.raises(ValueError, match=r"manifest.json: vocab_size 300, but the tokenizer has 301"):
+    with pytest.raises(DataError, match=r"manifest.json: vocab_size 300, but the tokenizer has 301"):
         TrainIterator(damaged, settings_of({"code": 1.0}), T, np.ones(VOCAB + 1, np.int32))
     with pytest.raises(ConfigError, match=r"SourceConfig.name='web': must be prepared .are: code."):
         iterate(damaged, WEIGHTS)
     text = (damaged / "manifest.json").read_text()
     for broken in (text[:-20], "[]", "{}"):
         (damaged / "manifest.json").write_text(broken)
-        assert_fails(damaged, ValueError, f"manifest.json is damaged.*{AGAIN}")
+        assert_fails(damaged, DataError, f"manifest.json is damaged.*{AGAIN}")
     (damaged / "manifest.json").unlink()
-    assert_fails(damaged, FileNotFoundError, f"manifest.json is missing.*{AGAIN}")
+    assert_fails(damaged, DataError, f"manifest.json is missing.*{AGAIN}")
 
 
 def test_held_out_files_are_checked(damaged):
     file_of(damaged, split="held_out").unlink()
-    with pytest.raises(ValueError, match=f"held_out files of source 'code' hold 7 documents.*says 8: {AGAIN}"):
+    with pytest.raises(DataError, match=f"held_out files of source 'code' hold 7 documents.*says 8: {AGAIN}"):
         held_out(damaged)
     prepare(damaged, {"code": (40, 0)})
-    with pytest.raises(ValueError, match=r"no held-out document: raise DataConfig.held_out_share"):
+    with pytest.raises(DataError, match=r"no held-out document: raise DataConfig.held_out_share"):
         held_out(damaged)

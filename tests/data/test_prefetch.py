@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from dsv2_jax.config import DataError
 from dsv2_jax.data.prefetch import Ahead, Workers
 
 
@@ -15,7 +16,7 @@ def test_workers_take_turns_and_one_killed_inside_an_item_is_an_error():
         assert [next(workers)[0] for _ in range(4)] == [0, 1, 0, 1]
         os.kill(workers.processes[0].pid, signal.SIGKILL)
         workers.processes[0].join()
-        with pytest.raises(RuntimeError, match="data worker 0 died with exit code -9"):
+        with pytest.raises(DataError, match="data worker 0 died with exit code -9"):
             next(workers)
         assert next(workers)[0] == 1
     finally:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from disk import file_size_limit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -266,7 +267,7 @@ def test_duplicates_across_sources_go_and_copies_share_a_split(tmp_path):
     assert not sides[0] & sides[1]
 
 
-def test_malformed_records_are_listed_and_too_many_stop(tmp_path):
+def test_malformed_records_are_listed_and_too_many_stop(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     rows = [json.dumps({"text": line(i)}) for i in range(50)]
     rows[7], rows[30] = "{", '{"other": 1}'
@@ -274,12 +275,22 @@ def test_malformed_records_are_listed_and_too_many_stop(tmp_path):
     entry = run(config_of(path, malformed_share=0.04), tmp_path / "out")["sources"]["s0"]
     assert (entry["malformed_count"], entry["read"]) == (2, 50)
     assert [item["where"] for item in entry["malformed"]] == [f"{path}:8", f"{path}:31"]
+    said = capsys.readouterr().out
+    assert f"source 's0': 2 of 50 records are malformed and left out, {path}:8 the first (not JSON: " in said
+    assert f"{tmp_path / 'out' / 'manifest.json'} lists the first 100" in said
     with pytest.raises(DataError, match=r"(?s)2 of 50 records.*share=0.03.*a\.jsonl:8: .*a\.jsonl:31: no field"):
         run(config_of(path, malformed_share=0.03), tmp_path / "other")
     assert not (tmp_path / "other").exists()
     path.write_text("{\n" * 5000 + "\n".join(rows))
-    with pytest.raises(DataError, match="101 of 101 records"):  # not read to the end
+    with pytest.raises(DataError, match=r"101 of 101 records \(about \d{4} in all\)"):  # not read to the end
         run(config_of(path), tmp_path / "other")
+
+
+def test_malformed_records_at_the_head_of_many_good_ones_do_not_stop(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{\n" * 150 + "".join(f'{{"text": "good one {i}"}}\n' for i in range(20_000)))
+    entry = run(config_of(path, malformed_share=0.01), tmp_path / "out")["sources"]["s0"]
+    assert (entry["malformed_count"], entry["read"], len(entry["malformed"])) == (150, 20_150, 100)
 
 
 def test_four_formats_give_the_same_documents(tmp_path):
@@ -340,6 +351,21 @@ def test_split_keeps_every_document_and_holds_some_out(texts, share):
 def test_a_source_too_small_to_split_says_so(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["One document."])
     with pytest.raises(DataError, match=r"source 's0': no train document .*1 records.*give it more text"):
+        run(config_of(path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_documents_for_the_shards_say_so_and_leave_nothing(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", map(line, range(6)))
+    with pytest.raises(ConfigError, match=r"\.virtual_shards=16: must be at most [45], the training documents"):
+        run(config_of(path, virtual_shards=16), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run(config_of(path), tmp_path / "out")
+
+
+def test_a_full_disk_is_a_data_error(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", map(line, range(3000)))
+    with file_size_limit(20_000), pytest.raises(DataError, match=r"out: preparing failed \(.*make room, and start"):
         run(config_of(path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

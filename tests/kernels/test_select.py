@@ -1,5 +1,7 @@
 """Which implementation runs: automatic by the device of the mesh in force, or the one named, or the reason why not."""
 
+import dataclasses
+import importlib
 import types
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from dsv2_jax.config import IMPLEMENTATIONS, ComputeConfig
 from kernels_pallas import select as selecting
 from kernels_pallas import sharded, support
 from kernels_pallas.flash_attention import flash_attention
@@ -24,6 +27,15 @@ def mesh_of(chosen: Target, **axes) -> AbstractMesh:
     device = jax.sharding.AbstractDevice(device_kind=chosen.kind, num_cores=1, platform=chosen.platform)
     kinds = (AxisType.Auto,) * len(axes)
     return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=kinds, abstract_device=device)
+
+
+def test_the_config_knows_the_names_of_every_op():
+    found = {}
+    for op in IMPLEMENTATIONS:
+        found[op] = tuple(importlib.import_module(f"kernels_pallas.{op}.api").IMPLEMENTATIONS)
+    assert found == IMPLEMENTATIONS
+    ops = {field.name for field in dataclasses.fields(ComputeConfig) if field.default == "auto"}
+    assert ops == {*IMPLEMENTATIONS, "expert_transport"}
 
 
 def test_the_target_is_the_default_device_without_a_mesh():

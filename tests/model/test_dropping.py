@@ -79,6 +79,20 @@ def _chosen(logits_BTE):
     return router.choose(jax.nn.softmax(logits_BTE), MOE)
 
 
+@pytest.mark.parametrize(("factor", "tokens", "budget"), [(1.2, 50, 45), (1.2, 49, 45), (1.1, 80, 66), (1.0, 50, 38)])
+def test_the_budget_is_exact_for_decimal_factors(factor, tokens, budget):
+    """All choices of all tokens are in one group; in float32, 1.2 x 50 x 6 / 8 is a little more than 45."""
+    moe = dataclasses.replace(MOE, routed_experts=64, experts_per_token=6, groups=8, groups_kept=1)
+    moe = dataclasses.replace(moe, dropping=DroppingConfig(capacity_factor=factor))
+    logits_BTE = jnp.where(jnp.arange(64) < 8, 9.0, 0.0) + normal(3, 1, 80, 64) / 4
+    real_BT = jnp.arange(80)[None] < tokens
+    routing = ROUTE(logits_BTE, real_BT, moe, training=True)
+    kept_TK = np.asarray(routing.expert_BTK)[0, :tokens] < 64
+    assert kept_TK.sum() == budget
+    scores_TE = np.asarray(SOFTMAX(logits_BTE))[0, :tokens]
+    np.testing.assert_array_equal(kept_TK, keep(scores_TE, oracle_route(scores_TE, moe)[0], moe, factor))
+
+
 @settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.5, 1.0]))
 def test_ties_drop_the_later_token(seed, factor):

@@ -1,12 +1,18 @@
 """RMSNorm, SwiGLU and the initial parameters."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import MODEL, normal, perturbed
+from flax import nnx
+from small import MODEL, change, normal, perturbed
 
+from dsv2_jax import presets
+from dsv2_jax.config import GQAConfig
 from dsv2_jax.model.layers import RMSNorm, SwiGLU, parameter
+from dsv2_jax.model.transformer import Transformer
 from oracles import layers as oracle
 from oracles.compare import TOLERANCE, assert_close, slope
 from oracles.weights import array, ffn
@@ -49,3 +55,17 @@ def test_parameters_are_float32_of_the_std_asked_for():
     assert w[...].dtype == jnp.float32
     assert abs(float(w[...].std()) / 0.006 - 1) < 0.01
     assert abs(float(w[...].mean())) < 1e-4
+
+
+@pytest.mark.parametrize("attention", [presets.get("tiny").attention, GQAConfig(heads=8, kv_heads=2, head_dim=16)])
+def test_every_matrix_starts_at_the_std_of_the_preset_and_every_norm_at_one(attention):
+    config = change(presets.get("tiny"), attention=attention)
+    model = jax.jit(functools.partial(Transformer, config))(jax.random.key(0, impl="rbg"))  # quick to compile
+    leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    assert len(leaves) > 20
+    for path, leaf in leaves:
+        if leaf.get_metadata("axes") == ("norm",):
+            assert (leaf[...] == 1).all()
+        else:
+            spread = float(leaf[...].std()) / config.init_std
+            assert abs(spread - 1) < 0.05, (jax.tree_util.keystr(path), spread)

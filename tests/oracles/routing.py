@@ -3,7 +3,7 @@
 `config` is any object with routed_experts, experts_per_token, groups, groups_kept, routed_scaling, normalize_gates.
 """
 
-import math
+from decimal import Decimal
 
 import numpy as np
 
@@ -59,7 +59,8 @@ def keep(scores_TE, chosen_TK, config, capacity_factor, protected=False):
     kept_TK = np.ones((tokens, k), bool)
     if protected:
         return kept_TK
-    budget = math.ceil(capacity_factor * tokens * k / config.groups)
+    share = Decimal(str(capacity_factor)) * tokens * k  # binary 1.2 times 50 x 6 / 8 would not be 45
+    budget = int(share // config.groups) + (share % config.groups > 0)
     per_group = config.routed_experts // config.groups
     for d in range(config.groups):
         mine = [(t, j) for t in range(tokens) for j in range(k) if chosen_TK[t][j] // per_group == d]

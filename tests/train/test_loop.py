@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 
@@ -13,9 +14,18 @@ import small_training
 from small_training import DENSE, MOE, SyntheticRows, batch, experiment, synthetic
 
 from dsv2_jax.checkpoint import Checkpoints, load_config, restore_params
-from dsv2_jax.config import CheckpointConfig, ConfigError, ExperimentConfig, ProfileConfig
+from dsv2_jax.config import (
+    BatchRampConfig,
+    CheckpointConfig,
+    ConfigError,
+    DedupConfig,
+    DroppingConfig,
+    ExperimentConfig,
+    ProfileConfig,
+)
 from dsv2_jax.config_io import from_json, parse
-from dsv2_jax.train.loop import Data, TrainingFailed, balance_text, evaluate, train
+from dsv2_jax.model.counting import training_flops_per_token
+from dsv2_jax.train.loop import TrainingFailed, balance_text, evaluate, keep_config, train
 from dsv2_jax.train.loss import lm_loss
 from dsv2_jax.train.metrics import read_rows
 from dsv2_jax.train.state import abstract_state
@@ -49,8 +59,9 @@ def test_what_a_run_leaves_behind(finished):
     assert summary["step"] == 12
     assert summary["loss"] == losses(folder)[12]
     last = next(row for row in reversed(read_rows(folder)) if "loss" in row)
-    assert last["mfu"] > 0
     assert last["tokens_per_second"] > 0
+    flops_per_second = training_flops_per_token(config.model, 16) * last["tokens_per_second"]
+    assert last["mfu"] == pytest.approx(flops_per_second / 1e9)
 
 
 def test_held_out_bits_per_byte_is_exact(finished):
@@ -91,6 +102,15 @@ def test_a_changed_setting_is_refused_by_name(finished):
     run(experiment(), folder)
 
 
+def test_settings_may_change_until_there_is_a_checkpoint(tmp_path):
+    """What failed before it began, such as at its data, does not keep the folder."""
+    keep_config(experiment(), tmp_path)
+    keep_config(experiment(optimizer__peak_lr=1.0), tmp_path)
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"train\.optimizer\.peak_lr was 1\.0, now 0\.003"):
+        keep_config(experiment(), tmp_path)
+
+
 class Stopping(SyntheticRows):
     """Sends this process a signal while the batch of a step is read."""
 
@@ -117,6 +137,22 @@ def test_a_signal_saves_and_leaves_with_a_message(finished, tmp_path, capsys, nu
     run(experiment(), tmp_path)
     assert "resuming after step 4 of 12" in capsys.readouterr().out
     assert losses(tmp_path) == losses(finished[0])
+
+
+@pytest.mark.slow
+def test_experts_dropping_microbatches_and_a_growing_batch_resume_bit_for_bit(tmp_path):
+    model = small.change(MOE, moe__dropping=DroppingConfig(capacity_factor=0.7, protected_share=0.5))
+    ramp = BatchRampConfig(start=4, sequences=16, stages=2)
+    config = experiment(model, batch_size=8, microbatch_size=2, batch_ramp=ramp, steps=8)
+    run(config, tmp_path / "whole")
+    assert any(row["dropped_share"] > 0 for row in read_rows(tmp_path / "whole") if "loss" in row)
+    for step in (3, 6):  # inside the ramp, and after it
+        stopping = dataclasses.replace(synthetic(), rows=Stopping(step, signal.SIGTERM))
+        assert run(config, tmp_path / "parts", stopping)["step"] == step
+    run(config, tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    found = [restore_params(tmp_path / name, abstract_state(config).model) for name in ("parts", "whole")]
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_training_in_a_thread_needs_no_signals(tmp_path):
@@ -171,8 +207,28 @@ def test_balance_losses_that_are_off_are_named_and_experts_are_reported(tmp_path
     json.dumps(summary, allow_nan=False)
 
 
-def test_profile_leaves_a_trace(tmp_path):
-    run(experiment(steps=4, profile=ProfileConfig(start=2, steps=1)), tmp_path)
+@pytest.mark.parametrize(
+    ("before", "profile", "steps", "traced"),
+    [
+        (None, ProfileConfig(start=2, steps=1), 4, 1),
+        (3, ProfileConfig(start=2, steps=3), 6, 2),  # resumed inside the window
+        (5, ProfileConfig(start=2, steps=3), 6, None),  # beyond it
+        (None, ProfileConfig(start=2, steps=10), 4, 2),  # the run ends before the window does
+    ],
+)
+def test_profile_leaves_a_trace_of_the_steps_it_names(tmp_path, capsys, before, profile, steps, traced):
+    if before:
+        run(experiment(steps=before), tmp_path)
+    run(experiment(steps=steps, profile=profile), tmp_path)
+    assert list(losses(tmp_path)) == list(range(1, steps + 1))
+    assert bool(list((tmp_path / "profile").rglob("*.xplane.pb"))) == (traced is not None)
+    assert (f"profile of {traced} steps in {tmp_path / 'profile'}" in capsys.readouterr().out) == (traced is not None)
+
+
+def test_a_run_that_fails_keeps_its_trace(tmp_path):
+    config = experiment(max_bad_steps=2, profile=ProfileConfig(start=2, steps=20))
+    with pytest.raises(TrainingFailed):
+        run(config, tmp_path, synthetic(poisoned=range(4, 13)))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
@@ -183,8 +239,12 @@ def test_an_empty_held_out_set_is_an_error(finished):
 
 def test_the_real_pipeline_end_to_end(tmp_path):
     small_training.write_text(tmp_path)
+    shutil.copy(tmp_path / "text" / "003.txt", tmp_path / "text" / "copy.txt")
     config = small_training.text_experiment(tmp_path, steps=3)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, dedup=DedupConfig()))
     summary = train(config, tmp_path / "run", matmul_rate=1e9)
     assert summary["data/text/malformed"] == 0
+    assert summary["data/text/read"] == 25
+    assert summary["data/text/removed/exact_duplicate"] == 1
+    assert read_rows(tmp_path / "run")[0]["data/text/removed/exact_duplicate"] == 1
     assert 0 < summary["unigram_bits_per_byte"] < summary["held_out/bits_per_byte"] < 20
-    assert Data(SyntheticRows(), lambda size: iter([])).unigram_bits_per_byte is None

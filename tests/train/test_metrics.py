@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 import small
+from small_training import experiment
 from tensorboardX.proto import event_pb2
 
 from dsv2_jax.train import metrics
@@ -49,6 +50,23 @@ def test_scalars_by_hand():
     assert row["load/violation"] == pytest.approx((row["load/violation/layer_1"] + row["load/violation/layer_2"]) / 2)
     assert row["load/entropy/layer_2"] == pytest.approx(math.log(6) / math.log(8))
     assert row["skipped_steps"] == 1
+
+
+def test_speed_share_and_bar_by_hand(tmp_path, monkeypatch):
+    """Four sequences of 16 tokens in half a second, on a machine that could do 1000 tokens a second."""
+    clock = iter([10.0, 10.0, 10.5, 10.5])  # twice a step: when it is read, and when it is logged
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    log = metrics.MetricsLog(tmp_path)
+    progress = metrics.Progress(experiment(small.MODEL), log, start=0, full_tokens_per_second=1000.0)
+    made = step_metrics(small.MODEL)
+    for made.step in (1, 2):  # the first may hold a compilation
+        progress.read(made)
+    first, second = rows(tmp_path)
+    assert (first["tokens_per_second"], first["mfu"]) == (None, None)
+    assert (second["tokens_per_second"], second["mfu"]) == (128.0, 0.128)
+    assert progress._bar.postfix == "loss 2.500, 1.000 bits/byte, 128 tokens/s, 13% of matmul rate"
+    progress.close()
+    log.close()
 
 
 def test_a_balance_loss_that_is_off_is_not_reported_as_zero():

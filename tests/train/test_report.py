@@ -25,6 +25,8 @@ def rows():
 def workdir(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
     (tmp_path / "config.json").write_text('{"text": "<b>"}')
+    for step in ("9", "20", "30.damaged"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
     return tmp_path
 
 
@@ -36,6 +38,10 @@ def test_page_shows_figures_plots_and_samples(workdir):
     assert "if a &lt; b:</b> &lt;script&gt;" in page
     assert "<script>" not in page
     assert "None" not in page
+    assert "<pre>{&quot;text&quot;: &quot;&lt;b&gt;&quot;}</pre>" in page  # config.json
+    for where in ("checkpoints/20", "metrics.jsonl", "tensorboard"):
+        assert f"{workdir / where}</td>" in page
+    assert f"tensorboard --logdir={workdir}" in page
     for name in ("loss.png", "expert_load.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")
 

@@ -153,3 +153,18 @@ def test_training_learns():
         state, metrics = step(state, split(small_training.batch(4, i), None))
         losses.append(float(metrics.loss))
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_bfloat16_step_moves_float32_masters_by_less_than_bfloat16_could():
+    model = small.change(DENSE, compute__dtype="bfloat16")
+    config = experiment(model, optimizer__peak_lr=1e-6, optimizer__warmup_steps=0)
+    made = split(batch(4, 0), None)
+    new, metrics = make_train_step(config)(fresh_state(model), made)
+    assert {leaf.dtype for leaf in jax.tree.leaves((new.model, new.moments[1].mu))} == {jnp.dtype("float32")}
+    before = _host_state(model).model.dense_blocks[0].ffn.up[...]
+    moved = np.abs(np.asarray(new.model.dense_blocks[0].ffn.up[...]) - before)
+    large = np.abs(before) > 0.02
+    assert (moved[large] > 0).all()
+    assert (moved[large] < 2.0**-9 * np.abs(before[large])).all()  # half of bfloat16's spacing
+    _, exact = make_train_step(experiment(DENSE))(fresh_state(DENSE), made)
+    assert 0 < abs(float(metrics.nll) - float(exact.nll)) < 0.02 * float(exact.nll)  # it was computed in bfloat16

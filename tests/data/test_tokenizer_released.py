@@ -101,10 +101,10 @@ def test_a_chat_is_what_the_library_makes_of_the_rendered_text(path, released, s
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["gsm8k_test.jsonl", "gsm8k_train.jsonl", "cmrc2018_trial.json", "tinyshakespeare.txt", "HumanEval.jsonl.gz"],
-)
+SMALL, LARGE = ["HumanEval.jsonl.gz", "gsm8k_test.jsonl", "cmrc2018_trial.json"], ["gsm8k_train.jsonl", "tinyshakespeare.txt"]
+
+
+@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
 def test_real_text_comes_back_whole(released, name):
     if not (DATA / name).is_file():
         pytest.skip(f"no {name} beside the checkout")

@@ -19,20 +19,22 @@ from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.hf import arrays, convert, mapping
 from dsv2_jax.hf.config import model_config
 from dsv2_jax.hf.pretrained import from_pretrained
-from dsv2_jax.hf.safetensors import Folder, FolderError, ShardWriter
+from dsv2_jax.hf.safetensors import Folder, FolderError
+from dsv2_jax.hf.shard_writer import ShardWriter
 from dsv2_jax.model.transformer import Transformer
 
+CONFIGS = {style: config | {"vocab_size": 272} for style, config in published.CONFIGS.items()}  # for a tokenizer
 BFLOAT16 = ml_dtypes.bfloat16
 TOKENS = np.arange(12)[None] * 7 % 110
 
 
 def tensors(style="v2", dtype=BFLOAT16) -> dict[str, np.ndarray]:
-    return {name: value.astype(dtype) for name, value in published.weights(published.CONFIGS[style]).items()}
+    return {name: value.astype(dtype) for name, value in published.weights(CONFIGS[style]).items()}
 
 
 def write(path, values=None, style="v2", **changes):
     """A published folder with a tokenizer."""
-    config = published.CONFIGS[style] | changes
+    config = CONFIGS[style] | changes
     values = tensors(style) if values is None else values
     published.write_folder(path, {k: v for k, v in config.items() if v is not ...}, values)
     Tokenizer.train(["a published folder\n"] * 3, 260).save(path / "tokenizer.json")
@@ -42,7 +44,7 @@ def write(path, values=None, style="v2", **changes):
 
 @functools.cache
 def abstract(style="v2", dtype=np.float32):
-    model = functools.partial(Transformer, model_config(published.CONFIGS[style]))
+    model = functools.partial(Transformer, model_config(CONFIGS[style]))
     shapes = jax.eval_shape(model, jax.random.key(0))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
@@ -54,7 +56,7 @@ def restored(path, style="v2", dtype=np.float32) -> dict:
 def assert_holds(path, values, style="v2", tied=False):
     """The checkpoint gives every tensor its place, in float32."""
     found, filled = restored(path, style), 0
-    for entry in mapping.table(model_config(published.CONFIGS[style]), tied):
+    for entry in mapping.table(model_config(CONFIGS[style]), tied):
         array = np.asarray(functools.reduce(operator.getitem, entry.target, found))
         np.testing.assert_array_equal(array[entry.index], entry.to_ours(values[entry.source]).astype(np.float32))
         filled += math.prod(entry.shape)
@@ -75,7 +77,7 @@ def stored_dtypes(path) -> set:
     return {np.dtype(leaf.dtype) for leaf in leaves}
 
 
-@pytest.fixture(scope="module", params=published.CONFIGS)
+@pytest.fixture(scope="module", params=CONFIGS)
 def folders(request, tmp_path_factory):
     """(style, a bfloat16 folder, its import, the export of that), converted in small pieces."""
     home, style = tmp_path_factory.mktemp("folders"), request.param
@@ -114,13 +116,13 @@ def test_the_files_beside_the_weights(folders):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (src / name).read_bytes() == (ours / name).read_bytes() == (back / name).read_bytes()
     config = json.loads((back / "config.json").read_text())
-    assert model_config(config) == model_config(published.CONFIGS[style])
-    ids = {name: published.CONFIGS[style][name] for name in ("bos_token_id", "eos_token_id")}
+    assert model_config(config) == model_config(CONFIGS[style])
+    ids = {name: CONFIGS[style][name] for name in ("bos_token_id", "eos_token_id")}
     assert ids.items() <= config.items()
     assert ids.items() <= json.loads((back / "generation_config.json").read_text()).items()
     saved = checkpoint.load_config(ours)
-    assert config_io.parse(ModelConfig, saved["model"]) == model_config(published.CONFIGS[style])
-    assert saved["published"] == published.CONFIGS[style]
+    assert config_io.parse(ModelConfig, saved["model"]) == model_config(CONFIGS[style])
+    assert saved["published"] == CONFIGS[style]
 
 
 def test_all_three_open_as_the_same_model(folders):
@@ -197,7 +199,7 @@ def test_a_tied_output_matrix_is_the_embedding(tmp_path):
 
 def trained(path, style="lite"):
     """A run's folder with two checkpoints and no tokenizer; the parameters of the second."""
-    config = model_config(published.CONFIGS[style])
+    config = model_config(CONFIGS[style])
     manager = Checkpoints(path / "checkpoints")
     for step in 1, 2:
         rng = np.random.default_rng(step)
@@ -215,7 +217,7 @@ def test_export_of_a_run(tmp_path):
     convert.export_folder(tmp_path / "run", tmp_path / "first", step=1)
     for path, same in ("out", True), ("first", False):
         folder = Folder(tmp_path / path)
-        for entry in mapping.table(model_config(published.LITE)):
+        for entry in mapping.table(model_config(CONFIGS["lite"])):
             array = functools.reduce(operator.getitem, entry.target, params)[entry.index]
             expected = entry.to_published(np.ascontiguousarray(array)).astype(BFLOAT16)
             assert np.array_equal(folder.read(entry.source), expected) == same
@@ -236,7 +238,7 @@ def test_export_of_a_run_reads_the_vocabulary_in_pieces(tmp_path, monkeypatch):
 
     monkeypatch.setattr(arrays.Arrays, "read", measured)
     convert.export_folder(tmp_path / "run", tmp_path / "out")
-    assert params["embed"].nbytes == params["unembed"].nbytes == 21_504
+    assert params["embed"].nbytes == params["unembed"].nbytes == 52_224
     assert max(largest[name] for name in (("embed",), ("unembed",))) <= 16 * 48 * 4  # rows of a chunk's height
     folder = Folder(tmp_path / "out")
     for key, name in ("model.embed_tokens.weight", "embed"), ("lm_head.weight", "unembed"):
@@ -245,7 +247,7 @@ def test_export_of_a_run_reads_the_vocabulary_in_pieces(tmp_path, monkeypatch):
 
 
 def test_weights_beyond_bfloat16_are_not_exported_as_infinity(tmp_path):
-    config = model_config(published.LITE)
+    config = model_config(CONFIGS["lite"])
     manager = Checkpoints(tmp_path / "run")
     model = jax.tree.map(lambda leaf: np.full(leaf.shape, 3.4e38, np.float32), abstract("lite"))
     document = {"model": config_io.to_dict(config)}
@@ -275,8 +277,11 @@ def test_a_dry_run_lists_every_tensor_and_every_problem_and_writes_nothing(tmp_p
     src, said = write(tmp_path / "src", values), []
     problems = convert.import_folder(src, tmp_path / "ours", dry_run=True, report=said.append)
     shard = Folder(src).file("extra").name
-    assert problems == ["lm_head.weight: is missing", f"extra in {shard}: belongs to no parameter of this model"]
-    assert len(said) == len(mapping.table(model_config(published.V2)))
+    assert problems == [
+        "lm_head.weight: is missing in model.safetensors.index.json",
+        f"extra in {shard}: belongs to no parameter of this model",
+    ]
+    assert len(said) == len(mapping.table(model_config(CONFIGS["v2"])))
     assert (
         "model.layers.2.mlp.experts.3.up_proj.weight -> moe_blocks.ffn.up[1, 3]  [14, 48] transposed to [48, 14]"
         in said
@@ -284,7 +289,7 @@ def test_a_dry_run_lists_every_tensor_and_every_problem_and_writes_nothing(tmp_p
     assert not (tmp_path / "ours").exists()
     trained(tmp_path / "run")
     convert.export_folder(tmp_path / "run", tmp_path / "out", dry_run=True, report=said.append)
-    assert said[-1] == "unembed  [112, 48] transposed to [48, 112] -> lm_head.weight"
+    assert said[-1] == "unembed  [272, 48] transposed to [48, 272] -> lm_head.weight"
     assert not (tmp_path / "out").exists()
 
 

@@ -27,13 +27,14 @@ from dsv2_jax.model import parallel
 from dsv2_jax.model.counting import abstract_model
 from dsv2_jax.model.transformer import Transformer
 
+MODEL = small.change(small.MODEL, vocab_size=300)  # for a tokenizer
 TOKENS = jnp.arange(24).reshape(2, 12)
 
 
 @pytest.fixture(scope="module", params=["lite", "v2"])
 def released(request, tmp_path_factory):
     """(folder, its tensors, its config.json) of a model in float32."""
-    config = published.CONFIGS[request.param] | {"torch_dtype": "float32", "initializer_range": 0.02}
+    config = published.CONFIGS[request.param] | {"torch_dtype": "float32", "vocab_size": 300}
     tensors = published.weights(config)
     return published.write_folder(tmp_path_factory.mktemp(request.param), config, tensors), tensors, config
 
@@ -65,7 +66,7 @@ def test_a_released_folder_number_by_number(released):
     assert model.config.compute.dtype == "float32"
     logits_BTV = jax.eval_shape(model, TOKENS)
     assert logits_BTV.dtype == jnp.float32
-    assert logits_BTV.shape == (2, 12, 112)
+    assert logits_BTV.shape == (2, 12, 300)
 
 
 def test_bfloat16_as_stored_and_what_stays_float32(released, tmp_path):
@@ -182,11 +183,9 @@ def test_a_model_on_a_mesh_generates_without_being_told(released):
 def run(tmp_path_factory, tokenizer):
     """(folder, model) of a training run."""
     folder, rng = tmp_path_factory.mktemp("run"), np.random.default_rng(0)
-    model = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), abstract_model(small.MODEL)
-    )
+    model = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), abstract_model(MODEL))
     checkpoints = Checkpoints(folder / "checkpoints")
-    config = {"model": config_io.to_dict(small.MODEL)}
+    config = {"model": config_io.to_dict(MODEL)}
     checkpoints.save(3, params=model, training={"step": jnp.zeros(())}, iterator={}, config=config)
     checkpoints.wait()
     checkpoints.close()
@@ -275,7 +274,7 @@ def test_mistakes_name_the_place_and_the_remedy(released, tmp_path):
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     with pytest.raises(ConfigError, match=r"broken/config.json: model_type='llama': must be 'deepseek_v2'"):
         from_pretrained(broken)
-    (broken / "config.json").write_text(json.dumps(config | {"vocab_size": 113, "first_k_dense_replace": 0}))
+    (broken / "config.json").write_text(json.dumps(config | {"vocab_size": 301, "first_k_dense_replace": 0}))
     with pytest.raises(FolderError, match=r"broken: does not hold the model .*layers.0.mlp.* \(and \d+ more\)"):
         from_pretrained(broken)
 

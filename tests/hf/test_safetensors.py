@@ -14,7 +14,8 @@ import safetensors.numpy
 from hypothesis import strategies as st
 
 from dsv2_jax.hf import safetensors as ours
-from dsv2_jax.hf.safetensors import DTYPES, INDEX, SINGLE, SUMS, Folder, FolderError, ShardWriter
+from dsv2_jax.hf.safetensors import DTYPES, INDEX, SINGLE, SUMS, Folder, FolderError
+from dsv2_jax.hf.shard_writer import ShardWriter
 
 
 def tensors(seed=0) -> dict[str, np.ndarray]:

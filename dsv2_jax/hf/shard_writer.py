@@ -174,6 +174,8 @@ class ShardWriter:
             if not (file := self._file(name)):
                 raise FolderError(f"{self.folder / name}: has gone since it was written; run it again")
             file.rename(self.folder / name)
+        for left in self.folder.glob("*.partial"):  # of a shard that was there, and begun again after one that was not
+            left.unlink()
         if len(names) > 1:
             weight_map = {tensor.name: name for name, shard in zip(names, shards) for tensor in shard}
             total = sum(tensor.bytes for tensor in self._tensors.values())

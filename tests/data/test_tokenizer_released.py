@@ -101,7 +101,8 @@ def test_a_chat_is_what_the_library_makes_of_the_rendered_text(path, released, s
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
-SMALL, LARGE = ["HumanEval.jsonl.gz", "gsm8k_test.jsonl", "cmrc2018_trial.json"], ["gsm8k_train.jsonl", "tinyshakespeare.txt"]
+SMALL = ["HumanEval.jsonl.gz", "gsm8k_test.jsonl", "cmrc2018_trial.json"]
+LARGE = ["gsm8k_train.jsonl", "tinyshakespeare.txt"]
 
 
 @pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])

@@ -11,10 +11,12 @@ import ml_dtypes
 import numpy as np
 import published
 import pytest
+import tokenizers
 
 from dsv2_jax import checkpoint, config_io
 from dsv2_jax.checkpoint import CheckpointError, Checkpoints
 from dsv2_jax.config import ConfigError, ModelConfig
+from dsv2_jax.data.chat import TEMPLATE
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.hf import arrays, convert, mapping
 from dsv2_jax.hf.config import model_config
@@ -267,8 +269,37 @@ def test_a_tokenizer_of_our_own_is_described(tmp_path):
     described = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert described["bos_token"] == "<|begin_of_sentence|>"
     assert described["eos_token"] == described["pad_token"] == "<|end_of_sentence|>"
+    assert described["chat_template"] == TEMPLATE
+    raw = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    assert raw.encode("some text").ids == [tokenizer.bos, *tokenizer.encode("some text")]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 1
     assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").bos == 0
+
+
+def test_specials_that_stand_in_the_vocabulary_alone(tmp_path):
+    trained(tmp_path / "run")
+    file = tmp_path / "run" / "tokenizer.json"
+    Tokenizer.train(["some text"], 260).save(file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"added_tokens": []}))
+    convert.export_folder(tmp_path / "run", tmp_path / "out")
+    described = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert described["bos_token"] == "<|begin_of_sentence|>"
+
+
+def test_what_is_rounded_and_what_transformers_does_otherwise_is_said(tmp_path):
+    trained(tmp_path / "run")
+    for dtype, expected in ("bfloat16", ["are rounded to bfloat16"]), ("float32", []):
+        said = []
+        convert.export_folder(tmp_path / "run", tmp_path / dtype, dtype=dtype, report=said.append)
+        assert len(said) == len(expected)
+        assert all(part in line for part, line in zip(expected, said))
+    src, said = write(tmp_path / "src", norm_topk_prob=True), []
+    convert.import_folder(src, tmp_path / "ours", report=said.append)
+    said.clear()
+    convert.export_folder(tmp_path / "ours", tmp_path / "out", report=said.append)
+    (line,) = said
+    assert "norm_topk_prob=true: transformers does not divide" in line
 
 
 def test_a_dry_run_lists_every_tensor_and_every_problem_and_writes_nothing(tmp_path):
@@ -343,6 +374,46 @@ def test_another_source_begins_anew(tmp_path, monkeypatch):
     assert_holds(ours, values)
     with pytest.raises(FolderError, match="is not empty, and nothing there was interrupted"):
         convert.import_folder(src, ours)
+
+
+def test_a_whole_import_of_another_source_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    ours, one = tmp_path / "ours", write(tmp_path / "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.Journal, "remove", lambda _: operator.truediv(1, 0))
+        with pytest.raises(ZeroDivisionError):
+            convert.import_folder(one, ours)
+    two = write(tmp_path / "two", {name: value * BFLOAT16(2) for name, value in tensors().items()})
+    for _ in range(2):
+        with pytest.raises(FolderError, match=r"0 is whole, of another source or of other options; choose another"):
+            convert.import_folder(two, ours)
+    convert.import_folder(one, ours)
+    assert not (ours / "import.journal").exists()
+    assert_holds(ours, tensors())
+
+
+def test_what_another_source_had_beside_its_weights_does_not_stay(tmp_path, monkeypatch):
+    one, two = write(tmp_path / "one"), write(tmp_path / "two")
+    (one / "special_tokens_map.json").write_text("{}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (two / name).unlink()
+    ours, mine, out = (tmp_path / name for name in ("ours", "mine", "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.pathlib.Path, "rename", lambda *_: operator.truediv(1, 0))  # all but its name is there
+        with pytest.raises(ZeroDivisionError):
+            convert.import_folder(one, ours)
+    assert (ours / "special_tokens_map.json").exists()
+    convert.import_folder(two, ours)
+    assert sorted(path.name for path in ours.iterdir()) == ["checkpoints"]
+    convert.import_folder(one, mine)
+    assert (mine / "special_tokens_map.json").read_text() == "{}"
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "finish", lambda *_, **__: operator.truediv(1, 0))
+        with pytest.raises(ZeroDivisionError):
+            convert.export_folder(mine, out)
+    assert (out / "tokenizer.json").exists()
+    convert.export_folder(ours, out)
+    names = ["SHA256SUMS", "config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == names
 
 
 def test_a_stop_between_the_last_two_steps(tmp_path, monkeypatch):

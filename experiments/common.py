@@ -150,8 +150,7 @@ def make_mesh(overrides):
 def open_model(path: str, dtype: str | None, tokenizer: str | None, mesh):
     """The model of what --checkpoint names, ready to compute on `mesh` (None: one device), and its tokenizer."""
     from dsv2_jax.checkpoint import CheckpointError
-    from dsv2_jax.data.tokenizer import Tokenizer
-    from dsv2_jax.hf.pretrained import from_pretrained
+    from dsv2_jax.hf.pretrained import from_pretrained, load_tokenizer
     from dsv2_jax.hf.safetensors import FolderError
 
     try:
@@ -159,11 +158,14 @@ def open_model(path: str, dtype: str | None, tokenizer: str | None, mesh):
     except (CheckpointError, ConfigError, FolderError) as error:
         if str(error).startswith("mesh"):
             raise
-        advice = "train one with: python experiments/quickstart.py"
-        raise ConfigError(f"--checkpoint: {error}; {advice}") from None
+        nothing = "no such folder" in str(error) or "no checkpoint here" in str(error)
+        advice = "; train one with: python experiments/quickstart.py" if nothing else ""
+        raise ConfigError(f"--checkpoint: {error}{advice}") from None
     if tokenizer is None and found is None:
         raise ConfigError(f"--checkpoint={path}: there is no tokenizer.json with it; name one with --tokenizer=FILE")
-    return model, Tokenizer.load(tokenizer) if tokenizer else found
+    if tokenizer is not None and not os.path.isfile(tokenizer):
+        raise ConfigError(f"--tokenizer={tokenizer}: there is no such file")
+    return model, load_tokenizer(tokenizer, model.config.vocab_size) if tokenizer else found
 
 
 def use_compilation_cache() -> None:

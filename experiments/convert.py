@@ -6,8 +6,10 @@ the SHA-256 that its download recorded, where it did. A checkpoint opens on any 
 names the one it is meant for, and the import ends at once, with what would do, where that cannot hold the model.
 """
 
+import os
 import pathlib
 import re
+import sys
 
 import tqdm
 
@@ -29,7 +31,7 @@ def arguments():
     options = {"formatter_class": parser.formatter_class, "allow_abbrev": False}
     text = "Published folder to checkpoint."
     command = add_command("import", help=text, description=text, epilog=parser.epilog, **options)
-    command.add_argument("src", metavar="SRC", help="a folder as published, or an id on the Hugging Face Hub")
+    command.add_argument("src", metavar="SRC", help="a folder as published, or a Hub id: it is downloaded whole first")
     command.add_argument("dst", metavar="DST", help="a new folder, which generate.py and export open")
     dtypes, kept = "|".join(DTYPES), "bfloat16 where it is published so, else float32"
     command.add_argument("--dtype", choices=DTYPES, metavar=dtypes, help=f"of all weights; default: {kept}")
@@ -38,7 +40,8 @@ def arguments():
     command = add_command("export", help=text, description=text, epilog=parser.epilog, **options)
     command.add_argument("src", metavar="SRC", help="a run folder (its newest checkpoint) or one checkpoint")
     command.add_argument("dst", metavar="DST", help="a new folder, as published: transformers, vLLM load it")
-    command.add_argument("--dtype", choices=DTYPES, metavar=dtypes, default="bfloat16", help="default: bfloat16")
+    rounded = "default: bfloat16, to which what was trained here in float32 is rounded"
+    command.add_argument("--dtype", choices=DTYPES, metavar=dtypes, default="bfloat16", help=rounded)
     command.add_argument("--shard-size", default="5GB", metavar="SIZE", help="of a file, such as 500MB; default: 5GB")
     _add_dry_run(command)
     flags = common.parse_arguments(parser, fields=("mesh",))
@@ -64,7 +67,9 @@ def check_mesh(text: str, folder: str) -> None:
     import jax
 
     from dsv2_jax import sharding
+    from dsv2_jax.hf import mapping
     from dsv2_jax.hf.config import model_config, read_json
+    from dsv2_jax.hf.safetensors import Folder
     from dsv2_jax.model.counting import abstract_model
 
     shape = sharding.parse_mesh(text)
@@ -74,6 +79,7 @@ def check_mesh(text: str, folder: str) -> None:
     file = pathlib.Path(folder) / "config.json"
     model = model_config(read_json(file), str(file))
     sharding.check_mesh(mesh, model)
+    mapping.check_size(model, Folder(folder))
     sharding.tree_shardings(abstract_model(model), mesh)
 
 
@@ -103,13 +109,18 @@ def main() -> int:
     flags = arguments()
     if flags.command == "export":
         size(flags.shard_size)
-        if not pathlib.Path(flags.src).is_dir():
+        if "://" not in flags.src and not pathlib.Path(flags.src).is_dir():
             raise ConfigError(f"{flags.src}: there is no such folder")
     from dsv2_jax.checkpoint import CheckpointError
     from dsv2_jax.hf.safetensors import FolderError
 
     try:
-        return convert(flags)
+        code = convert(flags)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # its reader has gone, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing it at exit fails again
+        return 0 if flags.dry_run else 1
     except (CheckpointError, FolderError) as error:
         raise ConfigError(str(error)) from None
     except KeyboardInterrupt:

@@ -2,18 +2,49 @@
 
     BOS [system, blank line] `User: ` text, blank line, `Assistant: ` text EOS `User: ` ... [`Assistant:`]
 
-No space follows the last `Assistant:`: the model writes it. This is the one renderer of the project; a `chat_template`
-in a tokenizer_config.json is not run. BOS and EOS are put here, as ids: a message that spells them stays text.
+No space follows the last `Assistant:`: the model writes it. V2.5 and V2-Chat-0628 were trained on tokens for the roles,
+
+    BOS [system] USER text ASSISTANT text EOS USER ... [ASSISTANT]
+
+in 0628 with a blank line after the system message. Which of the three it is the tokenizer's chat template says, if it
+came with one. This is the one renderer of the project: a template of other words is an error. BOS, EOS, USER and
+ASSISTANT are put here, as ids: a message that spells them stays text.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dsv2_jax.config import check
-from dsv2_jax.data.tokenizer import Tokenizer
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dsv2_jax.config import ConfigError, check
+from dsv2_jax.data.tokenizer import ROLE_NAMES, Tokenizer
 
 ROLES = ("system", "user", "assistant")
-ASSISTANT = "Assistant:"
+TEMPLATE = (  # the first form, for those who read it as jinja
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] "
+    "+ '\n\n' }}{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}{% else "
+    "%}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' "
+    "}}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What stands around the messages: before and after a user's, before an assistant's, after the system's."""
+
+    user: str
+    after_user: str
+    assistant: str
+    space: str  # between `assistant` and an answer
+    after_system: str
+
+
+FORMS = (
+    _Form("User: ", "\n\n", "Assistant:", " ", "\n\n"),
+    _Form(ROLE_NAMES[0], "", ROLE_NAMES[1], "", "\n\n"),
+    _Form(ROLE_NAMES[0], "", ROLE_NAMES[1], "", ""),
+)
 
 
 @dataclass(frozen=True)
@@ -28,10 +59,26 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_g
     """Tokens of messages {"role", "content"}: at most one system message, first, then user and assistant in turn.
 
     With `add_generation_prompt` the text ends where the assistant is to write; without, it is one to learn from.
-    Raises `ConfigError` naming the message that is out of turn.
+    Raises `ConfigError` naming the message that is out of turn, or where the tokenizer's chat template is not known.
     """
     _check_messages(messages, add_generation_prompt)
+    form = _form(tokenizer.template, tokenizer.names)
+    if form.user in ROLE_NAMES and len(tokenizer.roles) < len(ROLE_NAMES):
+        raise ConfigError(
+            f"the tokenizer lacks {' or '.join(ROLE_NAMES)}, which its chat_template writes; get both again"
+        )
     tokens, response, pending = [tokenizer.bos], [False], ""
+
+    def say(opening: str) -> None:
+        """A word waits for the text that follows it; a token stands by itself."""
+        nonlocal pending
+        if opening not in tokenizer.roles:
+            pending += opening
+            return
+        put(pending, "")
+        tokens.append(tokenizer.roles[opening])
+        response.append(False)
+        pending = ""
 
     def put(said: str, answer: str) -> None:
         # Both are merged into tokens as the one text they are; the answer begins after the bytes of what was said.
@@ -43,15 +90,49 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_g
 
     for message in messages:
         role, content = message["role"], message["content"]
-        if role == "assistant":
-            put(pending + ASSISTANT, f" {content}")
+        if role == "system":
+            pending += content + form.after_system
+        elif role == "user":
+            say(form.user)
+            pending += content + form.after_user
+        else:
+            say(form.assistant)
+            put(pending, form.space + content)
             tokens.append(tokenizer.eos)
             response.append(True)
             pending = ""
-        else:
-            pending += f"User: {content}\n\n" if role == "user" else f"{content}\n\n"
-    put(pending + (ASSISTANT if add_generation_prompt else ""), "")
+    if add_generation_prompt:
+        say(form.assistant)
+    put(pending, "")
     return Chat(tokens, response)
+
+
+@functools.cache
+def _form(template: str | None, names: tuple[str, str]) -> _Form:
+    """The form that a chat template writes: it is run on a conversation, with a system message and without."""
+    if template is None:
+        return FORMS[0]
+    turns = [{"role": role, "content": text} for role, text in zip([*ROLES, "user"], ("S", "Q", "A", "R"))]
+    bos, eos = names
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # as transformers' own
+
+    def written(form: _Form, system: str) -> str:
+        first, second = (f"{form.user}{text}{form.after_user}{form.assistant}" for text in "QR")
+        return f"{bos}{system}{first}{form.space}A{eos}{second}"
+
+    try:
+        run = environment.from_string(template).render
+        given = {"add_generation_prompt": True, "bos_token": bos, "eos_token": eos}
+        found = [run(messages=turns, **given), run(messages=turns[1:], **given)]
+    except Exception as error:  # of whoever wrote it
+        found = repr(error)
+    for form in FORMS:
+        if found == [written(form, f"S{form.after_system}"), written(form, "")]:
+            return form
+    raise ConfigError(
+        f"the tokenizer's chat_template is none of DeepSeek-V2's: it writes {found!r:.400}; ask with text, or tokens, "
+        "that you have put together, or take the template away if the model was trained on the first of data/chat.py"
+    )
 
 
 def _check_messages(messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> None:

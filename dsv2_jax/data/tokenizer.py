@@ -5,11 +5,13 @@ and text that spells a special token stays text: a special id is there because t
 """
 
 import codecs
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
+from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv2_jax.config import ConfigError, check
@@ -19,6 +21,11 @@ SPECIAL_NAMES = (
     ("<|begin_of_sentence|>", "<|end_of_sentence|>"),
     ("<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
 )
+# What opens a turn where a chat template says so, as V2.5's does: special then, and text where none does
+ROLE_NAMES = ("<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>")
+MOST_IDS = 2**24  # far beyond any vocabulary: a damaged id would ask for gigabytes
+# Text that byte-level BPE keeps, and a tokenizer that normalises or is of another kind does not
+PROBE = "\t Ab  \u00c9e\u0301 \uff11\ufb01 0123\r\n\u4f60\u597d\uff0c\U0001f600\n "
 
 # Byte-level BPE writes a visible Latin-1 character as itself and the other bytes, in order, as U+0100, U+0101, ...
 _VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
@@ -31,9 +38,11 @@ class Tokenizer:
 
     bos, eos, vocab_size: ids and their number. Everything that decodes gives "" for special tokens and for ids that
     the tokenizer lacks (a model's vocabulary may be padded), and U+FFFD for bytes that are no UTF-8.
+    names: how BOS and EOS are spelled. template: the chat template it came with, if any. roles: the ids of those
+    `ROLE_NAMES` that the template writes.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, origin: str = "tokenizer"):
+    def __init__(self, inner: tokenizers.Tokenizer, origin: str = "tokenizer", template: str | None = None):
         vocabulary = inner.get_vocab(with_added_tokens=True)
         names = next((pair for pair in SPECIAL_NAMES if set(pair) <= set(vocabulary)), None)
         if names is None:
@@ -41,7 +50,15 @@ class Tokenizer:
             raise ConfigError(f"{origin}: has no begin and end of sentence tokens: expected {expected}")
         if missing := [byte for char, byte in BYTE_OF.items() if char not in vocabulary]:
             raise ConfigError(f"{origin}: is no byte-level BPE: it has no token for byte {missing[0]:#04x}")
-        inner.add_special_tokens(list(names))
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise ConfigError(f"{origin}: gives one id to several tokens; get the file again")
+        if (largest := max(vocabulary.values())) >= MOST_IDS:
+            raise ConfigError(
+                f"{origin}: has a token of id {largest}; a vocabulary has less than {MOST_IDS}; get the file again"
+            )
+        self.names, self.template = names, template
+        self.roles = {name: vocabulary[name] for name in ROLE_NAMES if name in vocabulary and name in (template or "")}
+        inner.add_special_tokens([*names, *self.roles])
         inner.encode_special_tokens = True  # never read a special token out of text
         inner.no_truncation()
         inner.no_padding()
@@ -54,17 +71,22 @@ class Tokenizer:
             if i not in added:
                 plain = not BYTE_OF.keys() >= set(token)
                 self._bytes[i] = token.encode() if plain else bytes(BYTE_OF[char] for char in token)
-            elif not added[i].special:
+            elif not added[i].special and token not in self.roles:
                 self._bytes[i] = token.encode()
+        if (back := self.decode(self.encode(PROBE))) != PROBE:
+            raise ConfigError(f"{origin}: loses text: {PROBE!r} comes back as {back!r}; byte-level BPE changes nothing")
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a tokenizer.json: ours, a released DeepSeek one, or any byte-level BPE with BOS and EOS named so."""
+    def load(cls, path: str | Path | epath.Path) -> "Tokenizer":
+        """Reads a tokenizer.json: ours, a released DeepSeek one, or any byte-level BPE with BOS and EOS named so; and
+        the chat template beside it, which `dsv2_jax.data.chat` knows or refuses when it is asked to render."""
+        path = epath.Path(path)
         try:
-            inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"{path}: not a readable tokenizer.json ({error})") from error
-        return cls(inner, str(path))
+            return cls(tokenizers.Tokenizer.from_buffer(path.read_bytes()), str(path), _template(path.parent))
+        except (ConfigError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and where it panics what is none
+            raise ConfigError(f"{path}: not a readable tokenizer.json ({error}); get the file again") from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -111,6 +133,21 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """int32 [V]: UTF-8 bytes of each token's text, 0 for special ones; over a document they sum to its bytes."""
         return np.array([len(token) for token in self._bytes], np.int32)
+
+
+def _template(folder: epath.Path) -> str | None:
+    """The chat template of the tokenizer in `folder`, from either file that may hold it."""
+    if (file := folder / "chat_template.jinja").exists():
+        return file.read_bytes().decode("utf-8", "replace")
+    if not (file := folder / "tokenizer_config.json").exists():
+        return None
+    try:
+        template = json.loads(file.read_bytes()).get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {one["name"]: one["template"] for one in template}.get("default")
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: cannot be read as JSON of a tokenizer ({error!r:.120}); get it again") from None
+    return template if isinstance(template, str) else None
 
 
 class TextStream:

@@ -13,8 +13,12 @@ import tensorstore
 from etils import epath
 
 from dsv2_jax.checkpoint import CheckpointError
-from dsv2_jax.hf.safetensors import FolderError, writing
+from dsv2_jax.hf.safetensors import FolderError, reason
+from dsv2_jax.hf.shard_writer import writing
 
+# Every chunk is on disk before the next is made, and with each the database writes the changed nodes of its tree anew:
+# small ones, so that this does not grow with the number of chunks.
+OCDBT = {"max_decoded_node_bytes": 8192}
 REMEDY = "cannot be written; once it can be, run it again"
 
 Names = tuple[str, ...]
@@ -43,6 +47,10 @@ class Arrays:
         with self._complaining(names, CheckpointError, "cannot be read; is the checkpoint whole?"):
             return self._array(names).chunk_layout.read_chunk.shape
 
+    def dtype(self, names: Names) -> np.dtype:
+        with self._complaining(names, CheckpointError, "cannot be read; is the checkpoint whole?"):
+            return self._array(names).dtype.numpy_dtype
+
     def create(self, names: Names, shape: tuple[int, ...], dtype: np.dtype, chunk: tuple[int, ...]) -> None:
         """An array to write to; an equal one that is there already is opened."""
         metadata = {
@@ -56,7 +64,9 @@ class Arrays:
             "fill_value": None,
             "filters": None,
         }
-        spec = self._spec(names) | {"metadata": metadata, "create": True, "store_data_equal_to_fill_value": True}
+        spec = self._spec(names)
+        spec["kvstore"] |= {"config": OCDBT}
+        spec |= {"metadata": metadata, "create": True, "store_data_equal_to_fill_value": True}
         with self._complaining(names, FolderError, REMEDY):
             self._open[names] = tensorstore.open(spec).result()
 
@@ -90,8 +100,7 @@ class Arrays:
         try:
             yield
         except Exception as error:  # TensorStore raises what its codes map to
-            reason = str(error).splitlines()[0][:400]
-            raise kind(f"{self.folder}: {'.'.join(names)} {remedy} ({reason})") from error
+            raise kind(f"{self.folder}: {'.'.join(names)} {remedy} ({reason(error)})") from error
 
     def _array(self, names: Names) -> tensorstore.TensorStore:
         if names not in self._open:

@@ -165,6 +165,21 @@ def published_config(config: ModelConfig, dtype: str = "bfloat16", **ids: int | 
     return json
 
 
+def differences(config: ModelConfig) -> list[str]:
+    """What transformers 5.23 makes of `published_config(config)` otherwise than the released code, a line each."""
+    yarn, moe, heads, found = config.attention.yarn, config.moe, config.attention.heads, []
+    if yarn and not (yarn.mscale and yarn.mscale_all_dim) and (yarn.mscale, yarn.mscale_all_dim) != (1, 0):
+        named = f"mscale={yarn.mscale}, mscale_all_dim={yarn.mscale_all_dim}"
+        found.append(f"{named}: transformers applies both or neither")
+    if moe and moe.normalize_gates:
+        found.append("norm_topk_prob=true: transformers does not divide the gates by their sum")
+    if moe and not moe.shared_experts:
+        found.append("n_shared_experts=0: transformers calls their matrices, which are empty, missing")
+    if config.dim % heads:
+        found.append(f"hidden_size={config.dim}: transformers refuses what num_attention_heads={heads} does not divide")
+    return found
+
+
 def _check_complete(config: ModelConfig, json: dict) -> None:
     """Raise `ConfigError` unless `json` says all of `config` that acts outside of training."""
     read = model_config(json, "this model cannot be exported")
@@ -222,8 +237,11 @@ class _Fields:
 
 def _compute_dtype(fields: _Fields) -> str:
     """bfloat16 unless float32 is stated, or float16, whose fractions bfloat16 cannot hold."""
-    stated = fields.get("dtype") or fields.get("torch_dtype") or "bfloat16"
-    fields.require(stated in (*DTYPES, "float16"), "torch_dtype", f"be float16, {' or '.join(DTYPES)}")
+    names = [name for name in ("dtype", "torch_dtype") if fields.get(name) is not None]
+    for name in names:
+        fields.require(fields.get(name) in (*DTYPES, "float16"), name, f"be float16, {' or '.join(DTYPES)}")
+        fields.require(fields.get(name) == fields.get(names[0]), name, f"equal {names[0]}: keep one")
+    stated = fields.get(names[0]) if names else "bfloat16"
     return "float32" if stated == "float16" else stated
 
 
@@ -246,7 +264,8 @@ def _rope(fields: _Fields) -> dict:
     scaling, parameters = fields.get("rope_scaling"), fields.get("rope_parameters")
     fields.require(scaling is None or parameters is None, "rope_scaling", "be absent beside rope_parameters: keep one")
     place = "rope_scaling" if parameters is None else "rope_parameters"
-    rope = _Fields(scaling or parameters or {}, fields.origin, f"{place}.")
+    given = next((value for value in (scaling, parameters) if value is not None), {})
+    rope = _Fields(given, fields.origin, f"{place}.")
     rope.check_known({"type", "rope_type", *YARN, *ONLY_ROPE, *(("rope_theta",) if parameters else ())})
     rope.check_only(ONLY_ROPE)
     kinds = [rope.json[name] for name in ("type", "rope_type") if rope.json.get(name) is not None] or ["default"]

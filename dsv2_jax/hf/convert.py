@@ -13,6 +13,7 @@ write under its final name only when it is whole.
 """
 
 import collections
+import dataclasses
 import functools
 import hashlib
 import json
@@ -28,22 +29,18 @@ import numpy as np
 from dsv2_jax import checkpoint, config_io
 from dsv2_jax.checkpoint import CheckpointError
 from dsv2_jax.config import DTYPES, ConfigError, ModelConfig, check
-from dsv2_jax.data.tokenizer import Tokenizer
-from dsv2_jax.hf import digests, mapping
-from dsv2_jax.hf.arrays import Arrays, Names, word_sum
-from dsv2_jax.hf.config import is_tied, model_config, published_config, read_json
+from dsv2_jax.hf import digests, mapping, small_files
+from dsv2_jax.hf.arrays import OCDBT, Arrays, Names, word_sum
+from dsv2_jax.hf.config import differences, is_tied, model_config, read_json
 from dsv2_jax.hf.journal import Journal
 from dsv2_jax.hf.mapping import Entry
-from dsv2_jax.hf.pretrained import find_tokenizer
-from dsv2_jax.hf.safetensors import JOURNAL as EXPORT_JOURNAL
-from dsv2_jax.hf.safetensors import Folder, FolderError, ShardWriter, open_journal, writing
+from dsv2_jax.hf.pretrained import load_tokenizer
+from dsv2_jax.hf.safetensors import Folder, FolderError
+from dsv2_jax.hf.shard_writer import JOURNAL as EXPORT_JOURNAL
+from dsv2_jax.hf.shard_writer import ShardWriter, open_journal, writing
 
 IMPORT_JOURNAL = "import.journal"
-TOKENIZER = "tokenizer.json"
-SMALL_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PIECE = 64 * 2**20  # bytes of a tensor that are converted and stored at once
-BLOCK = 2**16  # numbers looked at together
 SHARD_BYTES = 5 * 10**9
 
 Progress = Callable[[int, int], None]  # bytes verified or converted since the last call, bytes in all
@@ -74,37 +71,34 @@ def import_folder(
 
     Raises `FolderError` for what is wrong with the folders, `ConfigError` with config.json or the tokenizer.
     """
-    src, dst = pathlib.Path(src), pathlib.Path(dst)
+    src, dst = _local(src), _local(dst)
     check(dtype in (None, *DTYPES), "dtype", dtype, f"be None or one of {', '.join(DTYPES)}")
-    published, origin = read_json(src / "config.json"), str(src / "config.json")
-    config, tied = model_config(published, origin), is_tied(published, origin)
-    folder = Folder(src)
-    problems, entries = mapping.check(config, folder, tied), mapping.table(config, tied)
     if dry_run:
-        for entry in entries:
-            report(f"{entry.source} -> {_place(entry)}")
-        present = set(folder.keys())
-        sizes = _sizes([entry for entry in entries if entry.source in present], folder, dtype)
-        tokenizer = functools.partial(_check_tokenizer, src)
-        return problems + _complaints(tokenizer, *_place_checks(dst, IMPORT_JOURNAL, sum(sizes)))
-    _check_tokenizer(src)
-    mapping.refuse(problems, src)
-    work, final = dst / "checkpoints" / "0.importing", dst / "checkpoints" / "0"
-    recorded = digests.recorded(folder.files())
-    if unknown := len(folder.files()) - len(recorded):
+        return _problems(src, dst, dtype, report)
+    source = _Source.open(src)
+    load_tokenizer(src / small_files.TOKENIZER, source.config.vocab_size)  # a wrong one while nothing is written yet
+    beside = small_files.read(src)
+    mapping.refuse(mapping.check(source.config, source.folder, source.tied), src)
+    recorded = digests.recorded(source.folder.files())
+    if unknown := len(source.folder.files()) - len(recorded):
         report(f"{src}: no SHA-256 is recorded of {unknown} files; {digests.REMEDY}")
-    identity = _digest(_fingerprint(folder), sorted(recorded.values()), published, dtype, PIECE)
-    with writing(dst), _open_journal(dst, identity) as journal:
+    work, final = dst / "checkpoints" / "0.importing", dst / "checkpoints" / "0"
+    stored = (dtype, PIECE, OCDBT)
+    identity = _digest(_fingerprint(source.folder), sorted(recorded.values()), source.published, stored)
+    with writing(dst), _open_journal(dst, identity, final) as journal:
         if not journal.found:
             shutil.rmtree(work, ignore_errors=True)
+            for name in small_files.NAMES:  # of an import of another source that was stopped
+                (dst / name).unlink(missing_ok=True)
         if not final.exists():
             work.mkdir(parents=True, exist_ok=True)
-            kinds = _kinds(entries, folder, dtype)
-            sums = _write_arrays(entries, folder, kinds, work / "params", recorded, journal, progress)
-            checkpoint.write_documents(work, {"model": config_io.to_dict(config), "published": published}, sums)
-            for name in SMALL_FILES:
-                if (src / name).exists():
-                    shutil.copyfile(src / name, dst / name)
+            entries = mapping.table(source.config, source.tied)
+            kinds = _kinds(entries, source.folder, dtype)
+            sums = _write_arrays(entries, source.folder, kinds, work / "params", recorded, journal, progress)
+            document = {"model": config_io.to_dict(source.config), "published": source.published}
+            checkpoint.write_documents(work, document, sums)
+            for name, content in beside.items():
+                (dst / name).write_bytes(content)
             work.rename(final)
         journal.remove()
     return []
@@ -127,38 +121,44 @@ def export_folder(
       shard_bytes: largest size of a safetensors file (a larger tensor has one of its own).
       dtype: of every tensor.
       dry_run: report every mapping, write nothing, return every problem.
+      report: told, too, what is rounded, and what transformers computes otherwise.
 
     Raises `FolderError`, `CheckpointError`, and `ConfigError` where a published config.json cannot describe it.
     """
-    dst = pathlib.Path(dst)
+    dst = _local(dst)
     check(dtype in DTYPES, "dtype", dtype, f"be one of {', '.join(DTYPES)}")
     check(shard_bytes > 0, "shard_bytes", shard_bytes, "be positive")
     folder = checkpoint.locate(src, step)
     document, expected = checkpoint.load_config(folder), checkpoint.load_checksums(folder)
     config = config_io.parse(ModelConfig, document.get("model"), f"{folder}: model")
-    small_files = _small_files(folder, config, dtype, document.get("published") or {})
+    files = small_files.published(folder, config, dtype, document.get("published") or {})
     entries, kind = mapping.table(config), np.dtype(dtype)
     total = sum(math.prod(entry.shape) for entry in entries) * kind.itemsize
+    arrays, sums = Arrays(folder / "params"), {}
+    for line in differences(config):
+        report(f"{folder}: {line}")
+    if kind.itemsize < max(arrays.dtype(entry.target).itemsize for entry in entries):
+        report(f"{folder}: float32 weights are rounded to {dtype}; as float32 they would be exported as they are")
     if dry_run:
         for entry in entries:
             report(f"{_place(entry)} -> {entry.source}")
         return _complaints(*_place_checks(dst, EXPORT_JOURNAL, total))
     _check_empty(dst, EXPORT_JOURNAL)
-    arrays, sums = Arrays(folder / "params"), {}
-    writer = ShardWriter(dst, shard_bytes, _digest(str(folder), expected, document, dtype, shard_bytes))
-    for entry in entries:
-        writer.add(entry.source, entry.shape, kind, _published_pieces(entry, arrays, kind, sums))
-    _check_space(dst, total - writer.done_bytes())
-    progress(writer.done_bytes(), total)
-    with writing(dst):
-        for name, text in small_files.items():
-            (dst / name).write_text(text)
 
     def verify() -> None:
         if wrong := [name for name in expected if sums.get(name) != expected[name]]:
             raise CheckpointError(f"{folder} is damaged: the checksum of {', '.join(wrong[:3])} is wrong")
 
-    writer.finish(state=sums, wrote=lambda piece: progress(piece.nbytes, total), verify=verify)
+    identity = _digest(str(folder), expected, document, dtype, shard_bytes)
+    with ShardWriter(dst, shard_bytes, identity, beside=("config.json", *small_files.NAMES)) as writer:
+        for entry in entries:
+            writer.add(entry.source, entry.shape, kind, _published_pieces(entry, arrays, kind, sums))
+        _check_space(dst, total - writer.done_bytes())
+        progress(writer.done_bytes(), total)
+        with writing(dst):
+            for name, content in files.items():
+                (dst / name).write_bytes(content)
+        writer.finish(state=sums, wrote=lambda piece: progress(piece.nbytes, total), verify=verify)
     return []
 
 
@@ -187,15 +187,41 @@ def _pieces(entry: Entry, axis: int, rows: int) -> Iterator[tuple[slice, ...]]:
         yield (*whole[:axis], part, *whole[axis + 1 :])
 
 
-def _is_finite(values: np.ndarray) -> bool:
-    """Of bfloat16 or float32: no exponent is all ones. (NumPy's own test converts bfloat16 first.)"""
-    exponent = np.uint16(0x7F80) if values.dtype.itemsize == 2 else np.uint32(0x7F800000)
-    words = values.reshape(-1).view(exponent.dtype)
-    parts = (words[first : first + BLOCK] for first in range(0, words.size, BLOCK))
-    return all(((part & exponent) != exponent).all() for part in parts)
-
-
 # --- import ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A published folder, opened: its headers are right, and agree with each other."""
+
+    published: dict
+    config: ModelConfig
+    tied: bool
+    folder: Folder
+
+    @classmethod
+    def open(cls, src: pathlib.Path) -> "_Source":
+        published, origin = read_json(src / "config.json"), str(src / "config.json")
+        config, tied = model_config(published, origin), is_tied(published, origin)
+        folder = Folder(src)
+        mapping.check_size(config, folder)
+        return cls(published, config, tied, folder)
+
+
+def _problems(src: pathlib.Path, dst: pathlib.Path, dtype: str | None, report: Callable[[str], None]) -> list[str]:
+    """Of an import, which is not begun; every mapping is reported."""
+    tokenizer = functools.partial(load_tokenizer, src / small_files.TOKENIZER)
+    try:
+        source = _Source.open(src)
+    except (ConfigError, FolderError) as error:
+        return [str(error), *_complaints(tokenizer, *_place_checks(dst, IMPORT_JOURNAL, 0))]
+    entries, present = mapping.table(source.config, source.tied), set(source.folder.keys())
+    for entry in entries:
+        report(f"{entry.source} -> {_place(entry)}")
+    found = mapping.check(source.config, source.folder, source.tied)
+    sizes = _sizes([entry for entry in entries if entry.source in present], source.folder, dtype)
+    beside = functools.partial(tokenizer, source.config.vocab_size), functools.partial(small_files.read, src)
+    return found + _complaints(*beside, *_place_checks(dst, IMPORT_JOURNAL, sum(sizes)))
 
 
 def _kinds(entries: list[Entry], folder: Folder, dtype: str | None) -> dict[Names, np.dtype]:
@@ -261,10 +287,7 @@ def _write_arrays(
             continue
         pieces, added = list(_pieces(entry, *_rows(entry, kinds[entry.target]))), 0
         for piece in pieces:
-            values = entry.read(folder.read, piece, kinds[entry.target])
-            if not _is_finite(values):
-                where = f"{folder.file(entry.source)}: {entry.source!r}"
-                raise FolderError(f"{where} holds values that are not finite; download the file again")
+            values = mapping.read_finite(entry, folder, piece, kinds[entry.target])
             added += word_sum(values)
             then = functools.partial(finished, number, added) if piece is pieces[-1] else None
             arrays.write(entry.target, (*entry.index, *piece), values, then)
@@ -298,33 +321,18 @@ def _published_pieces(entry: Entry, arrays: Arrays, dtype: np.dtype, sums: dict[
         values = arrays.read(entry.target, (*entry.index, *piece))
         sums[name] = (sums.get(name, 0) + word_sum(values)) % 2**32
         values = values.astype(dtype, copy=False)
-        if not _is_finite(values):
+        if not mapping.is_finite(values):
             raise CheckpointError(f"{arrays.folder}: {_place(entry)} holds values that are not finite as {dtype}")
         yield values.reshape(inputs, -1).T if entry.transposed else values
 
 
-def _small_files(folder, config: ModelConfig, dtype: str, published: dict) -> dict[str, str]:
-    """config.json and the tokenizer's and generation's files: those the checkpoint came with, or made for it."""
-    found = find_tokenizer(folder)
-    home = found.parent if found else folder.parents[1]
-    texts = {name: (home / name).read_text() for name in SMALL_FILES if (home / name).is_file()}
-    ids = {name: published[name] for name in IDS if name in published}
-    if found:
-        tokenizer = Tokenizer.load(found)
-        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos} | ids
-        names = {token["id"]: token["content"] for token in json.loads(texts[TOKENIZER])["added_tokens"]}
-        special = {"bos_token": names[tokenizer.bos], "eos_token": names[tokenizer.eos]}
-        described = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "pad_token": special["eos_token"]}
-        texts.setdefault("tokenizer_config.json", _text(described | {"model_max_length": config.max_length}))
-    texts.setdefault("generation_config.json", _text({"_from_model_config": True, **ids}))
-    return {"config.json": _text(published_config(config, dtype, **ids))} | texts
-
-
-def _text(document: dict) -> str:
-    return json.dumps(document, indent=2) + "\n"
-
-
 # --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _local(folder: str | os.PathLike) -> pathlib.Path:
+    if "://" in str(folder):
+        raise ConfigError(f"{folder}: must be a folder on a disk; convert there, and copy what comes out, or goes in")
+    return pathlib.Path(folder)
 
 
 def _digest(*parts) -> str:
@@ -343,7 +351,7 @@ def _complaints(*checks: Callable[[], object]) -> list[str]:
     for check_ in checks:
         try:
             check_()
-        except (ConfigError, FolderError) as error:
+        except (CheckpointError, ConfigError, FolderError) as error:
             found.append(str(error))
     return found
 
@@ -353,12 +361,6 @@ def _place_checks(dst: pathlib.Path, journal: str, size: int) -> tuple[Callable[
     left = dst.rglob("*") if (dst / journal).exists() else ()
     needed = size - sum(file.stat().st_size for file in left if file.is_file())
     return functools.partial(_check_empty, dst, journal), functools.partial(_check_space, dst, needed)
-
-
-def _check_tokenizer(src: pathlib.Path) -> None:
-    """A broken one is an error while nothing is written yet."""
-    if (src / TOKENIZER).exists():
-        Tokenizer.load(src / TOKENIZER)
 
 
 def _nearest(folder: pathlib.Path) -> pathlib.Path:
@@ -373,10 +375,10 @@ def _check_empty(folder: pathlib.Path, journal: str) -> None:
         raise FolderError(f"{folder} is not empty, and nothing there was interrupted; choose another folder")
 
 
-def _open_journal(dst: pathlib.Path, identity: str) -> Journal:
+def _open_journal(dst: pathlib.Path, identity: str, final: pathlib.Path) -> Journal:
     _check_empty(dst, IMPORT_JOURNAL)
     dst.mkdir(parents=True, exist_ok=True)
-    return open_journal(dst / IMPORT_JOURNAL, identity, {"verified"}, {"entry", "sum"})
+    return open_journal(dst / IMPORT_JOURNAL, identity, {"verified"}, {"entry", "sum"}, whole=[final])
 
 
 def _check_space(folder: pathlib.Path, needed: int) -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import pathlib
+from collections.abc import Iterable
 
 
 class Journal:
@@ -10,9 +11,11 @@ class Journal:
 
     The first line is `identity`, text that stands for the source and the options. `entries` are the others as they were
     found, up to one that a crash has cut; none, and `found` is False, where the journal is new or of another identity.
+    `whole`: files or folders that are there once all is done; if one is and the journal is of another identity, all of
+    the other was done, and `FileExistsError` is raised.
     """
 
-    def __init__(self, path: pathlib.Path, identity: str):
+    def __init__(self, path: pathlib.Path, identity: str, whole: Iterable[pathlib.Path] = ()):
         self.path = path
         self._file = path.open("a+b", buffering=0)
         try:
@@ -21,6 +24,8 @@ class Journal:
             lines, size = _lines(self._file.read())
             self.found = lines[:1] == [{"identity": identity}]
             self.entries = lines[1:] if self.found else []
+            if not self.found and (done := [str(place) for place in whole if place.exists()]):
+                raise FileExistsError(0, "is whole", done[0])
             self._file.truncate(size if self.found else 0)
             if not self.found:
                 self.add({"identity": identity})
@@ -36,11 +41,14 @@ class Journal:
     def remove(self) -> None:
         self.path.unlink()
 
+    def close(self) -> None:
+        self._file.close()
+
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self._file.close()
+        self.close()
 
 
 def _lines(data: bytes) -> tuple[list[dict], int]:

@@ -7,17 +7,20 @@ and [k_C; v_C] head by head: no row changes its place.
 
 import itertools
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from dsv2_jax.config import ConfigError, MLAConfig, ModelConfig
-from dsv2_jax.hf.safetensors import SCALE, FolderError
+from dsv2_jax.hf.safetensors import FP8, SCALE, FolderError
 
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK = 128  # rows and columns that are transposed at once
 BAND = 2 * 2**20  # bytes of a released tensor that are read at once
+FINITE = 2**16  # numbers that are looked at together
+ROTARY = re.compile(r"model\.layers\.(\d+)\.self_attn\.rotary_emb\.inv_freq")
 FUSED_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
@@ -85,6 +88,35 @@ class Entry:
             else:
                 values[first:last] = band
         return values.reshape(shape)[tuple(inside)]
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Of bfloat16 or float32: no exponent is all ones. (NumPy's own test converts bfloat16 first.)"""
+    exponent = np.uint16(0x7F80) if values.dtype.itemsize == 2 else np.uint32(0x7F800000)
+    words = values.reshape(-1).view(exponent.dtype)
+    parts = (words[first : first + FINITE] for first in range(0, words.size, FINITE))
+    return all(((part & exponent) != exponent).all() for part in parts)
+
+
+def read_finite(entry: Entry, folder, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+    """`entry.read` of a `safetensors.Folder`, and `FolderError` for what is infinite or not a number."""
+    values = entry.read(folder.read, index, dtype)
+    if not is_finite(values):
+        where = f"{folder.file(entry.source)}: {entry.source!r}"
+        raise FolderError(f"{where} holds values that are not finite as {dtype}; download the file again")
+    return values
+
+
+def check_size(config: ModelConfig, folder) -> None:
+    """Raise `FolderError` for a config.json of more layers or experts than `folder` has tensors.
+
+    So that what is built for a model, such as `table`, is bounded by what there is of it.
+    """
+    counts = {"num_hidden_layers": config.layers, "n_routed_experts": config.moe.routed_experts if config.moe else 0}
+    for name, count in counts.items():
+        if count > (tensors := len(folder.keys())):
+            where = f"{folder.listing.parent / 'config.json'}: {name}={count}"
+            raise FolderError(f"{where}: {folder.listing.name} names {tensors} tensors; download both again")
 
 
 def table(config: ModelConfig, tied: bool = False) -> list[Entry]:
@@ -161,11 +193,11 @@ def check(config: ModelConfig, folder, tied: bool = False) -> list[str]:
     """What keeps `folder` (see `safetensors.Folder`) from being a model of `config`: a line each, none if nothing does.
 
     Rotary tables (`rotary_emb.inv_freq`), which some exporters write though they follow from the configuration, and
-    FP8 block scales beside their weights are no extra keys.
+    block scales beside their FP8 weights are no extra keys.
     """
     shapes = {entry.source: entry.shape for entry in table(config, tied)}
     present = set(folder.keys())
-    problems = [f"{key}: is missing" for key in shapes if key not in present]
+    problems = [f"{key}: is missing in {folder.listing.name}" for key in shapes if key not in present]
     for key, shape in shapes.items():
         if key not in present:
             continue
@@ -174,8 +206,8 @@ def check(config: ModelConfig, folder, tied: bool = False) -> list[str]:
             problems.append(f"{where}: has shape {list(folder.shape(key))}, config.json says {list(shape)}")
         if str(folder.dtype(key)) not in DTYPES:
             problems.append(f"{where}: has dtype {folder.dtype(key)}; it must be one of {', '.join(DTYPES)}")
-    extra = sorted(key for key in present - shapes.keys() if not _belongs(key, shapes))
-    return problems + [f"{_where(key, folder)}: {_extra(key, tied)}" for key in extra]
+    extra = sorted(key for key in present - shapes.keys() if not _belongs(key, config, shapes, folder))
+    return problems + [f"{_where(key, folder)}: {_extra(key, shapes, tied)}" for key in extra]
 
 
 def refuse(problems: list[str], path) -> None:
@@ -189,13 +221,19 @@ def _where(key: str, folder) -> str:
     return f"{key} in {folder.file(key).name}"
 
 
-def _belongs(key: str, shapes: dict) -> bool:
-    return key.endswith("rotary_emb.inv_freq") or (key.endswith(SCALE) and key.removesuffix(SCALE) in shapes)
+def _belongs(key: str, config: ModelConfig, shapes: dict, folder) -> bool:
+    """Whether a key that is no parameter says what is known without it, or is part of a parameter."""
+    weight, rotary = key.removesuffix(SCALE), ROTARY.fullmatch(key)
+    if rotary:
+        return int(rotary[1]) < config.layers
+    return weight != key and weight in shapes and folder.dtype(weight) == FP8
 
 
-def _extra(key: str, tied: bool) -> str:
+def _extra(key: str, shapes: dict, tied: bool) -> str:
     if tied and key == UNEMBEDDING:
         return "is there, but config.json says tie_word_embeddings=true; set it to false to use this matrix"
+    if key.removesuffix(SCALE) in shapes:
+        return "would scale a weight in FP8, and the weight is not; download both again"
     if key.endswith(FUSED_EXPERTS):
         return "experts are fused; save the model with transformers' save_pretrained, which writes them apart"
     return "belongs to no parameter of this model"

@@ -1,6 +1,7 @@
 """Opening a model, ready to compute: a folder as released, a model on the Hugging Face Hub, or a checkpoint of ours."""
 
 import functools
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from etils import epath
 from jax.sharding import Mesh
 
 from dsv2_jax import checkpoint, config_io, sharding
@@ -17,10 +18,13 @@ from dsv2_jax.config import DTYPES, ConfigError, ModelConfig, check
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.hf import digests, mapping
 from dsv2_jax.hf.config import is_tied, model_config, read_json
-from dsv2_jax.hf.safetensors import INDEX, SINGLE, Folder, FolderError
+from dsv2_jax.hf.safetensors import INDEX, SINGLE, Folder, FolderError, reason
 from dsv2_jax.model.transformer import Transformer
 
-PUBLISHED_FILES = ("config.json", SINGLE, INDEX, "model-*.safetensors", "tokenizer*.json", "generation_config.json")
+PUBLISHED_FILES = (
+    *("config.json", SINGLE, INDEX, "model-*.safetensors", "generation_config.json"),
+    *("tokenizer*.json", "chat_template.jinja", "special_tokens_map.json"),
+)
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
 TOKENIZER = "tokenizer.json"
 
@@ -54,26 +58,37 @@ def from_pretrained(
     check(dtype is None or dtype in DTYPES, "dtype", dtype, f"be one of {', '.join(DTYPES)}, or None")
     folder = local_folder(path_or_hub_id)
     if folder is not None and ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
-        if verify:
-            digests.verify(digests.recorded(Folder(folder).files()))
-        return _load_published(folder, mesh, dtype), _load_tokenizer(folder / TOKENIZER)
+        return _load_published(folder, mesh, dtype, verify)
     if folder is not None and (folder / "config.json").is_file() and not _has_checkpoint(folder):
-        raise FolderError(f"{folder}: has a config.json, but neither {SINGLE} nor {INDEX}; download the folder whole")
-    return _load_checkpoint(path_or_hub_id, mesh, dtype), _load_tokenizer(find_tokenizer(path_or_hub_id))
+        weights = f"neither {SINGLE} nor {INDEX}, nor a checkpoint"
+        raise FolderError(f"{folder}: has a config.json, but {weights}; download it whole, or train until there is one")
+    return _load_checkpoint(path_or_hub_id, mesh, dtype)
 
 
-def find_tokenizer(path: str | pathlib.Path) -> pathlib.Path | None:
-    """The tokenizer.json of the run, whose folder is at most two above a checkpoint: there, or in its prepared data."""
-    here = pathlib.Path(path).absolute()
-    for folder in (here, *here.parents[:2]):
-        for file in (folder / TOKENIZER, folder / "data" / TOKENIZER):
-            if file.is_file():
-                return file
-    return None
+def run_folder(folder: str | epath.Path) -> epath.Path:
+    """The folder of the run that one checkpoint belongs to: the checkpoint itself where it belongs to none."""
+    folder = epath.Path(folder)
+    if not folder.name.isdigit():
+        return folder
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
 
 
-def _load_tokenizer(file: pathlib.Path | None) -> Tokenizer | None:
-    return Tokenizer.load(file) if file is not None and file.is_file() else None
+def find_tokenizer(path: str | os.PathLike) -> epath.Path | None:
+    """The tokenizer.json of a checkpoint (see `checkpoint.locate`): in its folder or its run's, or in `data` there."""
+    folder = checkpoint.locate(path)
+    homes = (folder, folder / "data", run_folder(folder), run_folder(folder) / "data")
+    return next((home / TOKENIZER for home in homes if (home / TOKENIZER).exists()), None)
+
+
+def load_tokenizer(file: str | os.PathLike | None, vocab_size: int | None = None) -> Tokenizer | None:
+    """None where there is no file. Raises `ConfigError` for one of more ids than `vocab_size`, the model's."""
+    if file is None or not epath.Path(file).exists():
+        return None
+    tokenizer = Tokenizer.load(file)
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        sizes = f"has {tokenizer.vocab_size} ids, the model's vocabulary {vocab_size}"
+        raise ConfigError(f"{file}: {sizes}; it is the tokenizer of another model")
+    return tokenizer
 
 
 def local_folder(path_or_hub_id: str | pathlib.Path) -> pathlib.Path | None:
@@ -87,20 +102,24 @@ def local_folder(path_or_hub_id: str | pathlib.Path) -> pathlib.Path | None:
         raise ConfigError(f"{name}: there is no such folder, and the Hugging Face Hub has no such names")
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(PUBLISHED_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the Hub's client lets through those of its own libraries
         raise ConfigError(
-            f"{name}: there is no such folder, nor can it be had from the Hugging Face Hub: {reason}"
+            f"{name}: there is no such folder, nor can it be had from the Hugging Face Hub: {reason(error)}"
         ) from None
 
 
 # --- as released -----------------------------------------------------------------------------------------------------
 
 
-def _load_published(path: pathlib.Path, mesh: Mesh | None, dtype: str | None) -> Transformer:
+def _load_published(
+    path: pathlib.Path, mesh: Mesh | None, dtype: str | None, verify: bool
+) -> tuple[Transformer, Tokenizer | None]:
     json, origin = read_json(path / "config.json"), str(path / "config.json")
     config, tied = model_config(json, origin), is_tied(json, origin)
-    folder = Folder(path)
+    tokenizer, folder = load_tokenizer(path / TOKENIZER, config.vocab_size), Folder(path)
+    mapping.check_size(config, folder)
+    if verify:
+        digests.verify(digests.recorded(folder.files()))
     mapping.refuse(mapping.check(config, folder, tied), path)
     places: dict[tuple[str, ...], list[mapping.Entry]] = {}
     for entry in mapping.table(config, tied):
@@ -109,7 +128,7 @@ def _load_published(path: pathlib.Path, mesh: Mesh | None, dtype: str | None) ->
     abstract = sharding.with_shardings(_abstract(config, dtype), mesh)
     # One at a time: copies to devices are asynchronous, and keep their source.
     arrays = {names: jax.block_until_ready(_array(leaf, folder, places[names])) for names, leaf in _leaves(abstract)}
-    return _filled(abstract, arrays)
+    return _filled(abstract, arrays), tokenizer
 
 
 def _unstacked_place(target: tuple[str, ...], index: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -130,7 +149,7 @@ def _array(leaf: jax.ShapeDtypeStruct, folder: Folder, entries: list[mapping.Ent
             leading, rest = bounds[: len(place)], tuple(slice(*pair) for pair in bounds[len(place) :])
             if all(first <= i < last for i, (first, last) in zip(place, leading, strict=True)):
                 at = tuple(i - first for i, (first, _) in zip(place, leading, strict=True))
-                values[at] = entry.read(folder.read, rest, leaf.dtype)
+                values[at] = mapping.read_finite(entry, folder, rest, leaf.dtype)
         return values
 
     def slice_of(index: tuple[slice, ...]) -> np.ndarray:
@@ -152,9 +171,10 @@ def _has_checkpoint(path) -> bool:
     return True
 
 
-def _load_checkpoint(path, mesh: Mesh | None, dtype: str | None) -> Transformer:
+def _load_checkpoint(path, mesh: Mesh | None, dtype: str | None) -> tuple[Transformer, Tokenizer | None]:
     """Restored stacked, as it is stored, then taken apart array by array: the model is never there twice."""
     config = config_io.parse(ModelConfig, checkpoint.load_config(path).get("model"), "model")
+    tokenizer = load_tokenizer(find_tokenizer(path), config.vocab_size)
     abstract = _abstract(config, dtype)
     dtypes = {names: leaf.dtype for names, leaf in _leaves(abstract)}
     stacked = sharding.with_shardings(jax.eval_shape(functools.partial(Transformer, config), jax.random.key(0)), mesh)
@@ -176,7 +196,7 @@ def _load_checkpoint(path, mesh: Mesh | None, dtype: str | None) -> Transformer:
         arrays |= {place: leaf[layer] for layer, place in zip(layers, places(names), strict=True)}
         jax.block_until_ready([arrays[place] for place in places(names)])
         leaf.delete()
-    return _filled(abstract, arrays)
+    return _filled(abstract, arrays), tokenizer
 
 
 # --- abstract models -------------------------------------------------------------------------------------------------

@@ -1,28 +1,22 @@
-"""Folders of safetensors files: checked when opened and read slice by slice; written tensor by tensor.
+"""Folders of safetensors files: checked when opened and read slice by slice (`shard_writer` writes them).
 
 A file is a little-endian uint64 length, that many bytes of JSON {name: {dtype, shape, data_offsets}}, and the values in
 C order. Several files (shards) are tied together by model.safetensors.index.json. The format's own library is not
 used: through NumPy it reads no FP8, it checks no index, and it writes only what is in memory.
 """
 
-import contextlib
-import hashlib
 import itertools
 import json
 import math
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 
-from dsv2_jax.hf.journal import Journal
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-JOURNAL = "export.journal"
 SUMS = "SHA256SUMS"  # of the files beside it, as `sha256sum` writes and checks it
 SCALE = "_scale_inv"  # of an FP8 weight: its key with this ending holds one factor per block
 BLOCK = 128  # rows and columns of an FP8 block
@@ -57,6 +51,11 @@ class FolderError(RuntimeError):
     """A published folder cannot be read or written; the message names the file, perhaps the key, and the remedy."""
 
 
+def reason(error: BaseException) -> str:
+    """An exception in one line, also where it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:400]
+
+
 @dataclass(frozen=True)
 class _Tensor:
     file: pathlib.Path
@@ -81,6 +80,7 @@ class Folder:
         single, index = self.path / SINGLE, self.path / INDEX
         if single.is_file() and index.is_file():
             raise FolderError(f"{self.path} holds both {SINGLE} and {INDEX}; remove the one that is not of this model")
+        self.listing = single if single.is_file() else index  # the file that names every key
         if single.is_file():
             self._tensors = _read_header(single)
         elif index.is_file():
@@ -207,22 +207,35 @@ def _read_shards(folder: pathlib.Path, index: pathlib.Path) -> dict[str, _Tensor
     shard_of = document.get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(name, str) for name in shard_of.values()):
         raise FolderError(f"{index}: weight_map must name a file for every key; download it again")
-    tensors: dict[str, _Tensor] = {}
     first_key = {name: key for key, name in reversed(shard_of.items())}
+    tensors: dict[str, _Tensor] = {}
+    problems: list[str] = []
     for name in sorted(first_key):
         where = f"{index}: puts {first_key[name]!r} into {name!r}"
         if name in ("", ".", "..") or any(char in name for char in "/\\:\0"):
             raise FolderError(f"{where}, which is no file of this folder; do not trust this index")
-        if not os.path.isfile(folder / name):  # False, too, for what can be no name
-            raise FolderError(f"{where}, which is missing; download it")
-        for key, tensor in _read_header(folder / name).items():
-            if shard_of.get(key) != name:
-                where = f"{INDEX} puts it into {shard_of[key]!r}" if key in shard_of else f"{INDEX} lacks it"
-                raise FolderError(f"{folder / name}: holds {key!r}, and {where}; download both again")
-            tensors[key] = tensor
+        try:
+            if not os.path.isfile(folder / name):  # False, too, for what can be no name
+                raise FolderError(f"{where}, which is missing; download it")
+            tensors |= _read_shard(folder / name, shard_of)
+        except FolderError as error:
+            problems.append(str(error))
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise FolderError("; ".join(problems[:5]) + more)
+    return tensors
+
+
+def _read_shard(path: pathlib.Path, shard_of: dict[str, str]) -> dict[str, _Tensor]:
+    """The tensors of a shard, which are those that the index says are there."""
+    tensors = _read_header(path)
+    for key in tensors:
+        if shard_of.get(key) != path.name:
+            where = f"{INDEX} puts it into {shard_of[key]!r}" if key in shard_of else f"{INDEX} lacks it"
+            raise FolderError(f"{path}: holds {key!r}, and {where}; download both again")
     for key, name in shard_of.items():
-        if key not in tensors:
-            raise FolderError(f"{folder / name}: lacks {key!r}, which {INDEX} puts there; download both again")
+        if name == path.name and key not in tensors:
+            raise FolderError(f"{path}: lacks {key!r}, which {INDEX} puts there; download both again")
     return tensors
 
 
@@ -289,184 +302,3 @@ def _parse_json(text: bytes) -> dict:
     if not isinstance(document, dict):
         raise ValueError("its JSON is not an object")
     return document
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Planned:
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    pieces: Iterable[np.ndarray]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class ShardWriter:
-    """Writes a folder of safetensors files that no loader accepts before it is whole.
-
-    `add` names a tensor and where its values will come from; `finish` draws them, one tensor after the other, and
-    writes shards of up to `max_shard_bytes` (one tensor at least). Shards stand under *.partial and then *.complete;
-    they get their names, and the index and SHA256SUMS are written, when all are there. A run that was interrupted goes
-    on after its last complete shard, if `identity` (text that stands for the source and the options) is the same; else
-    anew.
-    """
-
-    def __init__(self, folder: str | os.PathLike, max_shard_bytes: int, identity: str = ""):
-        self.folder, self.max_shard_bytes = pathlib.Path(folder), max_shard_bytes
-        self._tensors: dict[str, _Planned] = {}
-        for name in (SINGLE, INDEX):
-            if (self.folder / name).exists():
-                raise FolderError(f"{self.folder / name} is there already; choose another folder, or remove it")
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._journal = self._open_journal(identity)
-
-    def add(self, name: str, shape: tuple[int, ...], dtype, pieces: Iterable[np.ndarray]) -> None:
-        """One more tensor, whose values are those of `pieces`, one after another in C order; drawn in `finish`."""
-        if name in self._tensors:
-            raise ValueError(f"{name} is added twice")
-        self._tensors[name] = _Planned(name, tuple(shape), np.dtype(dtype), pieces)
-
-    def done_bytes(self) -> int:
-        """Of the tensors added, those that an interrupted run has written."""
-        return sum(tensor.bytes for shard in self._plan()[: len(self._journal.entries)] for tensor in shard)
-
-    def finish(
-        self,
-        metadata: dict[str, str] | None = None,
-        *,
-        state: dict | None = None,
-        wrote: Callable[[np.ndarray], object] | None = None,
-        verify: Callable[[], object] | None = None,
-    ) -> None:
-        """Write all; raises `FolderError` where the folder cannot be written.
-
-        Args:
-          metadata: of every shard; {"format": "pt"}, which transformers asks for, is added.
-          state: plain data that the pieces may change as they are drawn. It is kept with every complete shard, and put
-            back as it was when a run goes on after that shard.
-          wrote: called with every piece once it is written.
-          verify: called when all is written and nothing accepted yet; if it raises, what is written is removed.
-        """
-        shards = self._plan()
-        names = _shard_names(len(shards))
-        with self._journal as journal, writing(self.folder):
-            if state is not None and journal.entries:
-                state.clear()
-                state.update(journal.entries[-1]["state"])
-            digests = {line["shard"]: line["sha256"] for line in journal.entries}
-            for name, shard in list(zip(names, shards))[len(journal.entries) :]:
-                digest = self._write_shard(name, shard, {"format": "pt"} | (metadata or {}), wrote)
-                journal.add({"shard": name, "sha256": digest, "state": state})
-                digests[name] = digest
-            try:
-                if verify:
-                    verify()
-            except Exception:
-                self._clear()
-                journal.remove()
-                raise
-            self._publish(names, shards, digests)
-            journal.remove()
-
-    def _open_journal(self, identity: str) -> Journal:
-        """A line per complete shard; what a run of another identity has left is removed."""
-        path = self.folder / JOURNAL
-        interrupted = path.exists()
-        journal = open_journal(path, identity, {"shard", "sha256", "state"})
-        if interrupted and not journal.found:
-            self._clear()
-        return journal
-
-    def _clear(self) -> None:
-        for pattern in ("*.partial", "*.complete", "model-*-of-*.safetensors"):
-            for left in self.folder.glob(pattern):
-                left.unlink()
-
-    def _plan(self) -> list[list[_Planned]]:
-        shards, size = [[]], 0
-        for tensor in self._tensors.values():
-            if shards[-1] and size + tensor.bytes > self.max_shard_bytes:
-                shards.append([])
-                size = 0
-            shards[-1].append(tensor)
-            size += tensor.bytes
-        # Wider types first, so that every tensor begins at a multiple of its width.
-        return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
-
-    def _write_shard(self, name: str, shard: list[_Planned], metadata: dict[str, str], wrote) -> str:
-        """Returns the file's SHA-256."""
-        partial, header = self.folder / f"{name}.partial", _header(shard, metadata)
-        digest = hashlib.sha256(header)
-        with partial.open("wb") as file:
-            file.write(header)
-            for tensor in shard:
-                start = file.tell()
-                for piece in tensor.pieces:
-                    if piece.dtype != tensor.dtype:
-                        raise ValueError(f"{tensor.name}: a piece is {piece.dtype}, not {tensor.dtype}")
-                    values = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-                    file.write(values)
-                    digest.update(values)
-                    if wrote:
-                        wrote(piece)
-                if file.tell() - start != tensor.bytes:
-                    raise ValueError(f"{tensor.name}: its pieces are {file.tell() - start} bytes, not {tensor.bytes}")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(self.folder / f"{name}.complete")
-        return digest.hexdigest()
-
-    def _publish(self, names: list[str], shards: list[list[_Planned]], digests: dict[str, str]) -> None:
-        """The last rename is the one that makes loaders accept the folder."""
-        (self.folder / SUMS).write_text("".join(f"{digests[name]}  {name}\n" for name in names))
-        for name in names:
-            if (complete := self.folder / f"{name}.complete").exists():
-                complete.rename(self.folder / name)
-        if len(names) > 1:
-            weight_map = {tensor.name: name for name, shard in zip(names, shards) for tensor in shard}
-            total = sum(tensor.bytes for tensor in self._tensors.values())
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            partial = self.folder / f"{INDEX}.partial"
-            partial.write_text(json.dumps(index, indent=2) + "\n")
-            partial.rename(self.folder / INDEX)
-
-
-def _shard_names(count: int) -> list[str]:
-    return [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-
-
-def _header(shard: list[_Planned], metadata: dict[str, str]) -> bytes:
-    entries, offset = {"__metadata__": metadata}, 0
-    for tensor in shard:
-        offsets = [offset, offset := offset + tensor.bytes]
-        entries[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def open_journal(path: pathlib.Path, identity: str, *fields: set[str]) -> Journal:
-    """A journal whose lines each have one of these sets of fields; `FolderError` where other code wrote others."""
-    journal = Journal(path, identity)
-    if not all(isinstance(line, dict) and line.keys() in fields for line in journal.entries):
-        with journal:
-            raise FolderError(f"{path}: another version of this code wrote it; remove {path.parent} and start again")
-    return journal
-
-
-@contextlib.contextmanager
-def writing(folder: pathlib.Path):
-    """What the system refuses becomes a `FolderError`."""
-    try:
-        yield
-    except BlockingIOError:
-        raise FolderError(f"{folder}: another process is writing it; wait for it, or choose another folder") from None
-    except OSError as error:
-        file = error.filename or folder
-        raise FolderError(f"{file}: cannot be written ({error.strerror}); once it can be, run it again") from error

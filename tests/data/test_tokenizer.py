@@ -142,3 +142,86 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
         Tokenizer(unnamed)
     with pytest.raises(ConfigError, match="vocab_size=257"):
         Tokenizer.train([], 257)
+
+
+def edited(path: Path, trained: Tokenizer, edit) -> Path:
+    trained.save(path)
+    file = json.loads(path.read_text())
+    edit(file)
+    path.write_text(json.dumps(file))
+    return path
+
+
+def renumber(file):
+    file["model"]["vocab"]["a"] = 4_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda file: file.update(normalizer={"type": "Lowercase"}), r"loses text: .* comes back as '\\t ab"),
+        (lambda file: file.update(normalizer={"type": "NFKC"}), "loses text"),
+        (lambda file: file.update(pre_tokenizer=None), "loses text"),
+        (lambda file: file.update(pre_tokenizer={"type": "Whitespace"}), "loses text"),
+        (lambda file: file["model"]["vocab"].update({",": 0}), "gives one id to several tokens"),
+        (renumber, "a token of id 4000000000, beyond any vocabulary"),
+        # The library panics, reading the one and encoding with the other: what Rust raises then is no Exception.
+        (
+            lambda file: file.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+            "not a readable",
+        ),
+        (lambda file: file.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "not a readable"),
+    ],
+)
+def test_a_tokenizer_that_loses_text_or_asks_for_gigabytes_is_refused(trained, tmp_path, edit, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        Tokenizer.load(edited(tmp_path / "tokenizer.json", trained, edit))
+    assert str(tmp_path / "tokenizer.json") in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A tokenizer.json of few merges, as text: most of what is mutated is no id."""
+    path = tmp_path_factory.mktemp("small") / "tokenizer.json"
+    Tokenizer.train(["the cat"] * 2, 262).save(path)
+    return path.read_text()
+
+
+def places(node, path=()):
+    """Every place in a JSON document."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+ODD = [
+    *("null", "-1", "0", "4294967295", "2147483648", "1.5", "true", '""', '"a"', '"\\ud800"', "[]", "{}"),
+    *('[["a", ""]]', '"Unigram"', '"WordLevel"', '{"type": "Whitespace"}', '{"type": "FixedLength", "length": 0}'),
+    *('{"type": "Lowercase"}', '{"type": "Split", "pattern": {"String": ""}, "behavior": "Removed", "invert": true}'),
+]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(0, 2**63))
+def test_of_a_mutated_file_a_config_error_comes_out_or_a_tokenizer_that_loses_nothing(small, tmp_path_factory, seed):
+    rng, file = np.random.default_rng(seed), json.loads(small)
+    for _ in range(rng.integers(1, 4)):
+        found = [*places(file)]
+        if rng.integers(2):  # most places are tokens
+            found = [place for place in found if len(place) < 3]
+        *parents, last = found[rng.integers(len(found))]
+        node = file
+        for key in parents:
+            node = node[key]
+        node[last] = json.loads(ODD[rng.integers(len(ODD))])
+    path = tmp_path_factory.getbasetemp() / "mutated.json"
+    path.write_text(json.dumps(file))
+    try:
+        loaded = Tokenizer.load(path)
+    except ConfigError as error:
+        refused = str(error)
+    else:
+        text = "A cat, naïve café １ 你好 😀\n"
+        refused = None if loaded.decode(loaded.encode_document(text)) == text else "lost"
+    assert refused is None or str(path) in refused

@@ -1,6 +1,7 @@
 """A tokenizer.json built as the released ones are: pieces cut by a chain of patterns, BOS and EOS after the vocabulary,
 a post-processor that adds BOS. Text must come back to the byte, and chats be what the released tokenizer would see."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -100,11 +101,19 @@ def test_a_chat_is_what_the_library_makes_of_the_rendered_text(path, released, s
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
-@pytest.mark.parametrize("name", ["gsm8k_test.jsonl", "cmrc2018_trial.json", "tinyshakespeare.txt"])
-def test_real_text_comes_back(released, name):
+SMALL = ["HumanEval.jsonl.gz", "gsm8k_test.jsonl", "cmrc2018_trial.json"]
+LARGE = ["gsm8k_train.jsonl", "tinyshakespeare.txt"]
+
+
+@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
+def test_real_text_comes_back_whole(released, name):
     if not (DATA / name).is_file():
         pytest.skip(f"no {name} beside the checkout")
-    text = (DATA / name).read_text()[:200_000]
+    text = (gzip.open if name.endswith("gz") else open)(DATA / name, "rt", encoding="utf-8").read()
     if name.startswith("cmrc"):
-        text = json.dumps(json.loads((DATA / name).read_text()), ensure_ascii=False)[:200_000]
-    assert released.decode(released.encode(text)) == text
+        text = json.dumps(json.loads(text), ensure_ascii=False)
+    assert len(text) > 100_000
+    parts = [text[first : first + 10_000] for first in range(0, len(text), 10_000)]
+    documents = released.encode_documents(parts)
+    assert [released.decode(tokens) for tokens in documents] == parts
+    assert {tokens.count(mark) for tokens in documents for mark in (released.bos, released.eos)} == {1}

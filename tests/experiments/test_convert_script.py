@@ -21,13 +21,14 @@ from dsv2_jax.checkpoint import CheckpointError
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.hf.safetensors import INDEX, Folder
 
+LITE = published.LITE | {"vocab_size": 272}  # for a tokenizer
 SCRIPT = pathlib.Path(common.__file__).parent / "convert.py"
 
 
 @pytest.fixture(scope="module")
 def src(tmp_path_factory):
-    values = {name: value.astype(ml_dtypes.bfloat16) for name, value in published.weights(published.LITE).items()}
-    folder = published.write_folder(tmp_path_factory.mktemp("published") / "lite", published.LITE, values)
+    values = {name: value.astype(ml_dtypes.bfloat16) for name, value in published.weights(LITE).items()}
+    folder = published.write_folder(tmp_path_factory.mktemp("published") / "lite", LITE, values)
     Tokenizer.train(["some text\n"] * 3, 260).save(folder / "tokenizer.json")
     return folder
 
@@ -84,14 +85,14 @@ def test_a_hub_id_is_downloaded_first(src, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert run(monkeypatch, "import", "deepseek-ai/DeepSeek-V2-Lite", tmp_path / "ours") == 0
     assert asked == ["deepseek-ai/DeepSeek-V2-Lite"]
-    assert checkpoint.load_config(tmp_path / "ours")["published"] == published.LITE
+    assert checkpoint.load_config(tmp_path / "ours")["published"] == LITE
 
 
 def test_a_dry_run_prints_and_writes_nothing(src, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "import", src, tmp_path / "ours", "--dry-run") == 0
-    assert "model.embed_tokens.weight -> embed  [112, 48]\n" in capsys.readouterr().out
+    assert "model.embed_tokens.weight -> embed  [272, 48]\n" in capsys.readouterr().out
     shutil.copytree(src, tmp_path / "wrong")
-    config = published.LITE | {"num_hidden_layers": 4}
+    config = LITE | {"num_hidden_layers": 4}
     (tmp_path / "wrong" / "config.json").write_text(json.dumps(config))
     assert run(monkeypatch, "import", tmp_path / "wrong", tmp_path / "ours", "--dry-run") == 2
     shown = capsys.readouterr()
@@ -134,10 +135,10 @@ def point_outside(folder):
 
 
 def turn(folder):
-    values = published.weights(published.LITE)
+    values = published.weights(LITE)
     for path in folder.glob("model*"):
         path.unlink()
-    published.write_folder(folder, published.LITE, values | {EXPERT: values[EXPERT].T.copy()})
+    published.write_folder(folder, LITE, values | {EXPERT: values[EXPERT].T.copy()})
 
 
 @pytest.mark.parametrize("script", ["convert", "generate"])

@@ -11,28 +11,32 @@ import ml_dtypes
 import numpy as np
 import published
 import pytest
+import tokenizers
 
 from dsv2_jax import checkpoint, config_io
 from dsv2_jax.checkpoint import CheckpointError, Checkpoints
 from dsv2_jax.config import ConfigError, ModelConfig
+from dsv2_jax.data.chat import TEMPLATE
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.hf import arrays, convert, mapping
 from dsv2_jax.hf.config import model_config
 from dsv2_jax.hf.pretrained import from_pretrained
-from dsv2_jax.hf.safetensors import Folder, FolderError, ShardWriter
+from dsv2_jax.hf.safetensors import Folder, FolderError
+from dsv2_jax.hf.shard_writer import ShardWriter
 from dsv2_jax.model.transformer import Transformer
 
+CONFIGS = {style: config | {"vocab_size": 272} for style, config in published.CONFIGS.items()}  # for a tokenizer
 BFLOAT16 = ml_dtypes.bfloat16
 TOKENS = np.arange(12)[None] * 7 % 110
 
 
 def tensors(style="v2", dtype=BFLOAT16) -> dict[str, np.ndarray]:
-    return {name: value.astype(dtype) for name, value in published.weights(published.CONFIGS[style]).items()}
+    return {name: value.astype(dtype) for name, value in published.weights(CONFIGS[style]).items()}
 
 
 def write(path, values=None, style="v2", **changes):
     """A published folder with a tokenizer."""
-    config = published.CONFIGS[style] | changes
+    config = CONFIGS[style] | changes
     values = tensors(style) if values is None else values
     published.write_folder(path, {k: v for k, v in config.items() if v is not ...}, values)
     Tokenizer.train(["a published folder\n"] * 3, 260).save(path / "tokenizer.json")
@@ -42,7 +46,7 @@ def write(path, values=None, style="v2", **changes):
 
 @functools.cache
 def abstract(style="v2", dtype=np.float32):
-    model = functools.partial(Transformer, model_config(published.CONFIGS[style]))
+    model = functools.partial(Transformer, model_config(CONFIGS[style]))
     shapes = jax.eval_shape(model, jax.random.key(0))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
@@ -54,7 +58,7 @@ def restored(path, style="v2", dtype=np.float32) -> dict:
 def assert_holds(path, values, style="v2", tied=False):
     """The checkpoint gives every tensor its place, in float32."""
     found, filled = restored(path, style), 0
-    for entry in mapping.table(model_config(published.CONFIGS[style]), tied):
+    for entry in mapping.table(model_config(CONFIGS[style]), tied):
         array = np.asarray(functools.reduce(operator.getitem, entry.target, found))
         np.testing.assert_array_equal(array[entry.index], entry.to_ours(values[entry.source]).astype(np.float32))
         filled += math.prod(entry.shape)
@@ -75,7 +79,7 @@ def stored_dtypes(path) -> set:
     return {np.dtype(leaf.dtype) for leaf in leaves}
 
 
-@pytest.fixture(scope="module", params=published.CONFIGS)
+@pytest.fixture(scope="module", params=CONFIGS)
 def folders(request, tmp_path_factory):
     """(style, a bfloat16 folder, its import, the export of that), converted in small pieces."""
     home, style = tmp_path_factory.mktemp("folders"), request.param
@@ -114,13 +118,13 @@ def test_the_files_beside_the_weights(folders):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (src / name).read_bytes() == (ours / name).read_bytes() == (back / name).read_bytes()
     config = json.loads((back / "config.json").read_text())
-    assert model_config(config) == model_config(published.CONFIGS[style])
-    ids = {name: published.CONFIGS[style][name] for name in ("bos_token_id", "eos_token_id")}
+    assert model_config(config) == model_config(CONFIGS[style])
+    ids = {name: CONFIGS[style][name] for name in ("bos_token_id", "eos_token_id")}
     assert ids.items() <= config.items()
     assert ids.items() <= json.loads((back / "generation_config.json").read_text()).items()
     saved = checkpoint.load_config(ours)
-    assert config_io.parse(ModelConfig, saved["model"]) == model_config(published.CONFIGS[style])
-    assert saved["published"] == published.CONFIGS[style]
+    assert config_io.parse(ModelConfig, saved["model"]) == model_config(CONFIGS[style])
+    assert saved["published"] == CONFIGS[style]
 
 
 def test_all_three_open_as_the_same_model(folders):
@@ -197,7 +201,7 @@ def test_a_tied_output_matrix_is_the_embedding(tmp_path):
 
 def trained(path, style="lite"):
     """A run's folder with two checkpoints and no tokenizer; the parameters of the second."""
-    config = model_config(published.CONFIGS[style])
+    config = model_config(CONFIGS[style])
     manager = Checkpoints(path / "checkpoints")
     for step in 1, 2:
         rng = np.random.default_rng(step)
@@ -215,7 +219,7 @@ def test_export_of_a_run(tmp_path):
     convert.export_folder(tmp_path / "run", tmp_path / "first", step=1)
     for path, same in ("out", True), ("first", False):
         folder = Folder(tmp_path / path)
-        for entry in mapping.table(model_config(published.LITE)):
+        for entry in mapping.table(model_config(CONFIGS["lite"])):
             array = functools.reduce(operator.getitem, entry.target, params)[entry.index]
             expected = entry.to_published(np.ascontiguousarray(array)).astype(BFLOAT16)
             assert np.array_equal(folder.read(entry.source), expected) == same
@@ -236,7 +240,7 @@ def test_export_of_a_run_reads_the_vocabulary_in_pieces(tmp_path, monkeypatch):
 
     monkeypatch.setattr(arrays.Arrays, "read", measured)
     convert.export_folder(tmp_path / "run", tmp_path / "out")
-    assert params["embed"].nbytes == params["unembed"].nbytes == 21_504
+    assert params["embed"].nbytes == params["unembed"].nbytes == 52_224
     assert max(largest[name] for name in (("embed",), ("unembed",))) <= 16 * 48 * 4  # rows of a chunk's height
     folder = Folder(tmp_path / "out")
     for key, name in ("model.embed_tokens.weight", "embed"), ("lm_head.weight", "unembed"):
@@ -245,7 +249,7 @@ def test_export_of_a_run_reads_the_vocabulary_in_pieces(tmp_path, monkeypatch):
 
 
 def test_weights_beyond_bfloat16_are_not_exported_as_infinity(tmp_path):
-    config = model_config(published.LITE)
+    config = model_config(CONFIGS["lite"])
     manager = Checkpoints(tmp_path / "run")
     model = jax.tree.map(lambda leaf: np.full(leaf.shape, 3.4e38, np.float32), abstract("lite"))
     document = {"model": config_io.to_dict(config)}
@@ -265,8 +269,37 @@ def test_a_tokenizer_of_our_own_is_described(tmp_path):
     described = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert described["bos_token"] == "<|begin_of_sentence|>"
     assert described["eos_token"] == described["pad_token"] == "<|end_of_sentence|>"
+    assert described["chat_template"] == TEMPLATE
+    raw = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    assert raw.encode("some text").ids == [tokenizer.bos, *tokenizer.encode("some text")]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 1
     assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").bos == 0
+
+
+def test_specials_that_stand_in_the_vocabulary_alone(tmp_path):
+    trained(tmp_path / "run")
+    file = tmp_path / "run" / "tokenizer.json"
+    Tokenizer.train(["some text"], 260).save(file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"added_tokens": []}))
+    convert.export_folder(tmp_path / "run", tmp_path / "out")
+    described = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert described["bos_token"] == "<|begin_of_sentence|>"
+
+
+def test_what_is_rounded_and_what_transformers_does_otherwise_is_said(tmp_path):
+    trained(tmp_path / "run")
+    for dtype, expected in ("bfloat16", ["are rounded to bfloat16"]), ("float32", []):
+        said = []
+        convert.export_folder(tmp_path / "run", tmp_path / dtype, dtype=dtype, report=said.append)
+        assert len(said) == len(expected)
+        assert all(part in line for part, line in zip(expected, said))
+    src, said = write(tmp_path / "src", norm_topk_prob=True), []
+    convert.import_folder(src, tmp_path / "ours", report=said.append)
+    said.clear()
+    convert.export_folder(tmp_path / "ours", tmp_path / "out", report=said.append)
+    (line,) = said
+    assert "norm_topk_prob=true: transformers does not divide" in line
 
 
 def test_a_dry_run_lists_every_tensor_and_every_problem_and_writes_nothing(tmp_path):
@@ -275,8 +308,11 @@ def test_a_dry_run_lists_every_tensor_and_every_problem_and_writes_nothing(tmp_p
     src, said = write(tmp_path / "src", values), []
     problems = convert.import_folder(src, tmp_path / "ours", dry_run=True, report=said.append)
     shard = Folder(src).file("extra").name
-    assert problems == ["lm_head.weight: is missing", f"extra in {shard}: belongs to no parameter of this model"]
-    assert len(said) == len(mapping.table(model_config(published.V2)))
+    assert problems == [
+        "lm_head.weight: is missing in model.safetensors.index.json",
+        f"extra in {shard}: belongs to no parameter of this model",
+    ]
+    assert len(said) == len(mapping.table(model_config(CONFIGS["v2"])))
     assert (
         "model.layers.2.mlp.experts.3.up_proj.weight -> moe_blocks.ffn.up[1, 3]  [14, 48] transposed to [48, 14]"
         in said
@@ -284,7 +320,7 @@ def test_a_dry_run_lists_every_tensor_and_every_problem_and_writes_nothing(tmp_p
     assert not (tmp_path / "ours").exists()
     trained(tmp_path / "run")
     convert.export_folder(tmp_path / "run", tmp_path / "out", dry_run=True, report=said.append)
-    assert said[-1] == "unembed  [112, 48] transposed to [48, 112] -> lm_head.weight"
+    assert said[-1] == "unembed  [272, 48] transposed to [48, 272] -> lm_head.weight"
     assert not (tmp_path / "out").exists()
 
 
@@ -338,6 +374,46 @@ def test_another_source_begins_anew(tmp_path, monkeypatch):
     assert_holds(ours, values)
     with pytest.raises(FolderError, match="is not empty, and nothing there was interrupted"):
         convert.import_folder(src, ours)
+
+
+def test_a_whole_import_of_another_source_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    ours, one = tmp_path / "ours", write(tmp_path / "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.Journal, "remove", lambda _: operator.truediv(1, 0))
+        with pytest.raises(ZeroDivisionError):
+            convert.import_folder(one, ours)
+    two = write(tmp_path / "two", {name: value * BFLOAT16(2) for name, value in tensors().items()})
+    for _ in range(2):
+        with pytest.raises(FolderError, match=r"0 is whole, of another source or of other options; choose another"):
+            convert.import_folder(two, ours)
+    convert.import_folder(one, ours)
+    assert not (ours / "import.journal").exists()
+    assert_holds(ours, tensors())
+
+
+def test_what_another_source_had_beside_its_weights_does_not_stay(tmp_path, monkeypatch):
+    one, two = write(tmp_path / "one"), write(tmp_path / "two")
+    (one / "special_tokens_map.json").write_text("{}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (two / name).unlink()
+    ours, mine, out = (tmp_path / name for name in ("ours", "mine", "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.pathlib.Path, "rename", lambda *_: operator.truediv(1, 0))  # all but its name is there
+        with pytest.raises(ZeroDivisionError):
+            convert.import_folder(one, ours)
+    assert (ours / "special_tokens_map.json").exists()
+    convert.import_folder(two, ours)
+    assert sorted(path.name for path in ours.iterdir()) == ["checkpoints"]
+    convert.import_folder(one, mine)
+    assert (mine / "special_tokens_map.json").read_text() == "{}"
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "finish", lambda *_, **__: operator.truediv(1, 0))
+        with pytest.raises(ZeroDivisionError):
+            convert.export_folder(mine, out)
+    assert (out / "tokenizer.json").exists()
+    convert.export_folder(ours, out)
+    names = ["SHA256SUMS", "config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == names
 
 
 def test_a_stop_between_the_last_two_steps(tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ from disk import file_size_limit
 from dsv2_jax import checkpoint
 from dsv2_jax.checkpoint import CheckpointError
 from dsv2_jax.config import ConfigError
+from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.hf import convert
+from dsv2_jax.hf.pretrained import from_pretrained
 from dsv2_jax.hf.safetensors import INDEX, Folder, FolderError
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -80,6 +82,11 @@ def flip(src, byte: int):
     (src / SHARD).write_bytes(data)
 
 
+def with_tokenizer(src, text: bytes):
+    Tokenizer.train(["a"], 260).save(src / "tokenizer.json")
+    (src / "tokenizer_config.json").write_bytes(text)
+
+
 def make_infinite(src):
     values = tensors()[EXPERT]
     values[3, 4] = np.inf
@@ -132,6 +139,30 @@ DAMAGE = {
         ["model.embed_tokens.weight", "[112, 48]", "[112, 50]"],
     ),
     "a layer more": (lambda src: edit_config(src, num_hidden_layers=4), ["model.layers.3", "is missing"]),
+    "more layers than tensors": (
+        lambda src: edit_config(src, num_hidden_layers=10**9),
+        ["config.json: num_hidden_layers=1000000000", INDEX, "tensors; download both again"],
+    ),
+    "more experts than tensors": (
+        lambda src: edit_config(src, n_routed_experts=10**8, n_group=1, topk_group=1),
+        ["config.json: n_routed_experts=100000000", INDEX],
+    ),
+    "scales of a weight that is not FP8": (
+        lambda src: edit_tensors(src, **{EXPERT + "_scale_inv": np.ones((1, 1), np.float32)}),
+        [EXPERT + "_scale_inv", "would scale a weight in FP8"],
+    ),
+    "a tokenizer of another model": (
+        lambda src: Tokenizer.train(["a"], 260).save(src / "tokenizer.json"),
+        ["tokenizer.json: has 258 ids, the model's vocabulary 112; it is the tokenizer of another model"],
+    ),
+    "tokenizer_config.json is no text": (
+        lambda src: with_tokenizer(src, b'{"a": "\xff"}'),
+        ["tokenizer_config.json: cannot be read as JSON of a tokenizer"],
+    ),
+    "tokenizer_config.json cannot be read": (
+        lambda src: (src / "special_tokens_map.json").symlink_to("/proc/self/mem"),
+        ["special_tokens_map.json: cannot be read (", "make it readable, or remove it"],
+    ),
     "tokenizer.json cut": (
         lambda src: (src / "tokenizer.json").write_text('{"model": '),
         ["tokenizer.json", "not a readable"],
@@ -143,6 +174,8 @@ DAMAGE = {
 def assert_nothing_loads(folder):
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         checkpoint.load_config(folder)
+    with pytest.raises((CheckpointError, ConfigError), match=r"no checkpoint here|there is no such folder"):
+        from_pretrained(folder)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -153,6 +186,34 @@ def test_a_wrong_published_folder(src, tmp_path, damage):
         convert.import_folder(src, tmp_path / "ours")
     assert all(name in str(caught.value) for name in named), str(caught.value)
     assert_nothing_loads(tmp_path / "ours")
+
+
+UNREADABLE = ("a tokenizer of another model", "tokenizer_config.json cannot be read")
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGE if name not in UNREADABLE])
+def test_what_cannot_be_imported_cannot_be_opened(src, damage):
+    harm, named = DAMAGE[damage]
+    harm(src)
+    with pytest.raises((FolderError, ConfigError)) as caught:
+        from_pretrained(src)
+    assert all(name in str(caught.value) for name in named if name != "a"), str(caught.value)
+
+
+def test_a_dry_run_lists_every_damaged_shard_and_what_else_is_wrong(src, tmp_path):
+    for name in (SHARD, "model-00002-of-00002.safetensors"):
+        os.truncate(src / name, 50_000)
+    (src / "tokenizer.json").write_text("{}")
+    found = convert.import_folder(src, tmp_path / "ours", dry_run=True, report=lambda _: None)
+    assert found[0].count("the file at 50000") == 2
+    assert "tokenizer.json" in found[1]
+    assert len(found) == 2
+
+
+def test_places_that_are_on_no_disk(intact, imported):
+    for start, source in (convert.import_folder, intact), (convert.export_folder, imported):
+        with pytest.raises(ConfigError, match="gs://bucket/new: must be a folder on a disk"):
+            start(source, "gs://bucket/new")
 
 
 @pytest.mark.parametrize("size", [20, 3_000, 8_000])  # what the embedding needs is more
@@ -190,8 +251,18 @@ def test_a_disk_that_is_too_small_is_an_error_at_once(intact, imported, tmp_path
     for start, source in (convert.import_folder, intact), (convert.export_folder, imported):
         with pytest.raises(FolderError, match=message):
             start(source, tmp_path / start.__name__)
-        assert not list((tmp_path / start.__name__).rglob("*.safetensors*"))
+        written = [path for path in (tmp_path / start.__name__).rglob("*") if path.is_file()]
+        assert [path.suffix for path in written] == [".journal"]
     assert_nothing_loads(tmp_path / "import_folder")
+
+
+def test_an_export_that_failed_does_not_lock_its_folder(imported, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        leave_free(patch, 100_000)
+        with pytest.raises(FolderError, match="make room") as kept:
+            convert.export_folder(imported, tmp_path / "out")
+    convert.export_folder(imported, tmp_path / "out")
+    assert kept.traceback  # its frames held what was open
 
 
 def test_folders_that_hold_something_else(intact, imported, tmp_path):

@@ -15,7 +15,8 @@ import published
 import pytest
 
 from dsv2_jax.hf import arrays, convert, mapping
-from dsv2_jax.hf.safetensors import Folder, ShardWriter
+from dsv2_jax.hf.safetensors import Folder
+from dsv2_jax.hf.shard_writer import ShardWriter
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import small
 from dsv2_jax import presets
 from dsv2_jax.config import BalanceConfig, ConfigError, DroppingConfig, ModelConfig, YarnConfig
 from dsv2_jax.hf import config as hf_config
-from dsv2_jax.hf.config import is_tied, model_config, published_config
+from dsv2_jax.hf.config import differences, is_tied, model_config, published_config
 
 YARN = {"factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707}
 YARN |= {"original_max_position_embeddings": 4096, "type": "yarn"}
@@ -262,6 +262,42 @@ def test_dtypes_that_are_stated():
     stated = {"bfloat16": "bfloat16", "float32": "float32", "float16": "float32", None: "bfloat16"}
     for dtype, ours in stated.items():
         assert model_config(V2_5 | {"torch_dtype": dtype}).compute.dtype == ours
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, "torch_dtype='bfloat16': must equal dtype"),
+        ({"dtype": "int8"}, "dtype='int8': must be float16"),
+        ({"rope_scaling": []}, "must hold a JSON object in rope_scaling"),
+        ({"rope_scaling": False}, "must hold a JSON object in rope_scaling"),
+        ({"rope_scaling": None, "rope_parameters": []}, "must hold a JSON object in rope_parameters"),
+    ],
+)
+def test_what_says_nothing_or_two_things_is_named(changes, named):
+    with pytest.raises(ConfigError, match=rf"^config.json: {named}"):
+        model_config(V2_5 | changes)
+
+
+YARN_OF = {"ours": YarnConfig(factor=40.0), "cosine alone": YarnConfig(factor=40.0, mscale_all_dim=0.0)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, []),
+        ({"attention__yarn": YARN_OF["ours"]}, []),
+        ({"attention__yarn": YARN_OF["cosine alone"]}, ["mscale=0.707, mscale_all_dim=0.0: transformers applies both"]),
+        ({"moe__normalize_gates": True}, ["norm_topk_prob=true"]),
+        ({"moe__shared_experts": 0}, ["n_shared_experts=0"]),
+        ({"dim": 50}, ["hidden_size=50: transformers refuses"]),
+    ],
+)
+def test_what_transformers_makes_otherwise_of_an_export_is_said(changes, named):
+    model = small.change(small.MODEL, dim=24, attention__heads=4)
+    found = differences(small.change(model, **changes))
+    assert len(found) == len(named)
+    assert all(line.startswith(name) for line, name in zip(found, named))
 
 
 def test_one_expert_is_scaled_even_where_gates_are_normalised():

@@ -30,6 +30,7 @@ class Memory:
 
     def __init__(self, arrays: dict[str, np.ndarray]):
         self.arrays, self.numbers_read = arrays, dict.fromkeys(arrays, 0)
+        self.listing = pathlib.Path("folder", "model.safetensors.index.json")
 
     def keys(self):
         return self.arrays.keys()
@@ -175,18 +176,27 @@ def test_a_tied_folder_gives_its_embedding_twice():
 def test_a_whole_folder_has_no_problem():
     folder = released(LITE)
     folder.arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
-    folder.arrays["model.layers.3.mlp.experts.7.up_proj.weight_scale_inv"] = np.zeros((1, 1), np.float32)
+    fp8 = "model.layers.3.mlp.experts.7.up_proj.weight"
+    folder.arrays[fp8] = folder.arrays[fp8].astype(ml_dtypes.float8_e4m3fn)
+    folder.arrays[fp8 + "_scale_inv"] = np.zeros((1, 1), np.float32)
     assert mapping.check(LITE, folder) == []
 
 
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("model.norm.weight", None, "model.norm.weight: is missing"),
+        ("model.norm.weight", None, "model.norm.weight: is missing in model.safetensors.index.json"),
         ("model.norm.weight", np.zeros(7, np.float32), "has shape [7], config.json says [20]"),
         ("lm_head.weight", np.zeros((50, 20), np.int8), "has dtype int8; it must be one of bfloat16"),
         ("lm_head.bias", np.zeros(50, np.float32), "belongs to no parameter"),
         ("model.layers.9.mlp.gate.weight_scale_inv", np.zeros(1, np.float32), "belongs to no parameter"),
+        (
+            "model.layers.1.mlp.experts.7.up_proj.weight_scale_inv",
+            np.ones((1, 1), np.float32),
+            "would scale a",
+        ),
+        ("model.layers.3.self_attn.rotary_emb.inv_freq", np.zeros(4, np.float32), "belongs to no parameter"),
+        ("extra.rotary_emb.inv_freq", np.zeros(4, np.float32), "belongs to no parameter"),
         ("model.layers.1.mlp.experts.gate_up_proj", np.zeros(1, np.float32), "experts are fused; save"),
     ],
 )

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 
+import httpx
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import numpy as np
 import published
 import pytest
 import small
+from etils import epath
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 from jax.sharding import Mesh
@@ -20,20 +23,23 @@ from dsv2_jax.checkpoint import Checkpoints
 from dsv2_jax.config import ConfigError
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.hf import mapping, pretrained
+from dsv2_jax.hf.convert import import_folder
 from dsv2_jax.hf.pretrained import from_pretrained
 from dsv2_jax.hf.safetensors import Folder, FolderError
+from dsv2_jax.hf.shard_writer import ShardWriter
 from dsv2_jax.inference.generate import generate
 from dsv2_jax.model import parallel
 from dsv2_jax.model.counting import abstract_model
 from dsv2_jax.model.transformer import Transformer
 
+MODEL = small.change(small.MODEL, vocab_size=300)  # for a tokenizer
 TOKENS = jnp.arange(24).reshape(2, 12)
 
 
 @pytest.fixture(scope="module", params=["lite", "v2"])
 def released(request, tmp_path_factory):
     """(folder, its tensors, its config.json) of a model in float32."""
-    config = published.CONFIGS[request.param] | {"torch_dtype": "float32", "initializer_range": 0.02}
+    config = published.CONFIGS[request.param] | {"torch_dtype": "float32", "vocab_size": 300}
     tensors = published.weights(config)
     return published.write_folder(tmp_path_factory.mktemp(request.param), config, tensors), tensors, config
 
@@ -65,7 +71,7 @@ def test_a_released_folder_number_by_number(released):
     assert model.config.compute.dtype == "float32"
     logits_BTV = jax.eval_shape(model, TOKENS)
     assert logits_BTV.dtype == jnp.float32
-    assert logits_BTV.shape == (2, 12, 112)
+    assert logits_BTV.shape == (2, 12, 300)
 
 
 def test_bfloat16_as_stored_and_what_stays_float32(released, tmp_path):
@@ -95,6 +101,31 @@ def test_tied_embeddings_are_read_for_the_output_matrix_too(tmp_path):
     model, _ = from_pretrained(published.write_folder(tmp_path, config, tensors))
     np.testing.assert_array_equal(model.unembed[...], tensors["model.embed_tokens.weight"].T)
     assert_holds(model, tensors, tied=True)
+
+
+@pytest.mark.parametrize("sizes", [None, dict(fsdp=2, expert=3), dict(tensor=2, expert=2)], ids=str)
+def test_fp8_is_opened_as_what_it_stands_for(tmp_path, sizes):
+    """Several blocks of scales, the last not whole, cut by meshes where no block ends."""
+    widths = {"hidden_size": 200, "moe_intermediate_size": 150, "n_routed_experts": 12, "num_hidden_layers": 2}
+    config, stands_for, values = published.LITE | widths | {"torch_dtype": "float32"}, {}, {}
+    rng = np.random.default_rng(0)
+    for name, value in published.weights(config).items():
+        stands_for[name] = values[name] = value
+        if "proj" in name:
+            scale = rng.uniform(0.5, 2, [-(-size // 128) for size in value.shape]).astype(np.float32)
+            values[name], values[name + "_scale_inv"] = value.astype(ml_dtypes.float8_e4m3fn), scale
+            rows, columns = (np.arange(size) // 128 for size in value.shape)
+            stands_for[name] = values[name].astype(np.float32) * scale[rows][:, columns]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with ShardWriter(tmp_path, 10**6) as writer:
+        for name, value in values.items():
+            writer.add(name, value.shape, value.dtype, [value])
+        writer.finish()
+    model, _ = from_pretrained(tmp_path, mesh=sizes and make_mesh(**sizes))
+    assert_holds(model, stands_for)
+    import_folder(tmp_path, tmp_path / "ours", report=lambda _: None)
+    imported, _ = from_pretrained(tmp_path / "ours", dtype="float32")
+    assert_holds(imported, stands_for)
 
 
 # --- a mesh ----------------------------------------------------------------------------------------------------------
@@ -182,11 +213,9 @@ def test_a_model_on_a_mesh_generates_without_being_told(released):
 def run(tmp_path_factory, tokenizer):
     """(folder, model) of a training run."""
     folder, rng = tmp_path_factory.mktemp("run"), np.random.default_rng(0)
-    model = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), abstract_model(small.MODEL)
-    )
+    model = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), abstract_model(MODEL))
     checkpoints = Checkpoints(folder / "checkpoints")
-    config = {"model": config_io.to_dict(small.MODEL)}
+    config = {"model": config_io.to_dict(MODEL)}
     checkpoints.save(3, params=model, training={"step": jnp.zeros(())}, iterator={}, config=config)
     checkpoints.wait()
     checkpoints.close()
@@ -221,6 +250,55 @@ def test_one_checkpoint_of_a_run(run):
     assert tokenizer is not None
 
 
+def test_no_tokenizer_is_taken_from_around_a_run(run, tokenizer, tmp_path):
+    """One and two levels above, and beside: of a run without its own there is none."""
+    here = tmp_path / "runs" / "group" / "mine"
+    shutil.copytree(run[0], here)
+    found = {"run": here, "checkpoints": here / "checkpoints", "checkpoint": here / "checkpoints" / "3"}
+    for path in found.values():
+        assert pretrained.find_tokenizer(path) == epath.Path(here / "data" / "tokenizer.json")
+    (here / "data" / "tokenizer.json").rename(here / "checkpoints" / "tokenizer.json")
+    decoys = (here.parent, here.parent / "data", here.parents[1], tmp_path, here / "checkpoints" / "data")
+    for decoy in decoys:
+        decoy.mkdir(exist_ok=True)
+        tokenizer.save(decoy / "tokenizer.json")
+    for path in found.values():
+        assert pretrained.find_tokenizer(path) is None
+    assert from_pretrained(here)[1] is None
+    lone = tmp_path / "runs" / "lone"
+    (here / "checkpoints" / "3").rename(lone)
+    assert pretrained.find_tokenizer(lone) is None
+    tokenizer.save(lone / "tokenizer.json")
+    assert pretrained.find_tokenizer(lone) == epath.Path(lone / "tokenizer.json")
+
+
+def test_the_tokenizer_of_a_bucket_is_found_too(run, monkeypatch):
+    """epath's local backend under the name of another: the path is never taken for one of this machine's."""
+    backend = epath.backend._OsPathBackend()
+    local = {name: getattr(backend, name) for name in ("open", "exists", "isdir", "listdir")}
+
+    class Bucket:
+        def __getattr__(self, name):
+            return lambda path, *rest: local[name](str(path).replace("gs://bucket", str(run[0])), *rest)
+
+    monkeypatch.setattr(epath.gpath._GPath, "_backend", property(lambda self: Bucket()))
+    file = pretrained.find_tokenizer("gs://bucket/checkpoints/3")
+    assert str(file) == "gs://bucket/data/tokenizer.json"
+    assert pretrained.load_tokenizer(file, 300).encode("transformer")
+
+
+def test_a_tokenizer_of_another_model_is_refused(run, tokenizer, tmp_path):
+    """JAX would clamp ids that the embedding lacks, and say nothing."""
+    here = tmp_path / "run"
+    shutil.copytree(run[0], here)
+    Tokenizer.train(["What is a transformer? It is one."] * 9 + ["other words, many"] * 9, 320).save(
+        here / "tokenizer.json"
+    )
+    assert Tokenizer.load(here / "tokenizer.json").vocab_size > 300
+    with pytest.raises(ConfigError, match=r"tokenizer.json: has 3\d\d ids, the model's vocabulary 300; it is the tok"):
+        from_pretrained(here)
+
+
 # --- the hub ---------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +331,16 @@ def test_a_hub_that_fails_is_one_line(monkeypatch):
         from_pretrained("nobody/nothing")
 
 
+@pytest.mark.parametrize("error", [RuntimeError(), httpx.ConnectError("  "), ValueError("\n")])
+def test_any_error_of_the_hubs_client_is_one_line(monkeypatch, error):
+    def download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ConfigError, match=rf"Hugging Face Hub: {type(error).__name__}$"):
+        from_pretrained("nobody/nothing")
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +354,9 @@ def test_mistakes_name_the_place_and_the_remedy(released, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint here"):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FolderError, match=r"has a config.json, but neither model.safetensors nor"):
+    with pytest.raises(
+        FolderError, match=r"has a config.json, but neither model.safetensors nor .* nor a checkpoint; .*train"
+    ):
         from_pretrained(tmp_path)
     broken = published.write_folder(tmp_path / "broken", config, tensors)
     (broken / "config.json").write_text("{")
@@ -275,7 +365,7 @@ def test_mistakes_name_the_place_and_the_remedy(released, tmp_path):
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     with pytest.raises(ConfigError, match=r"broken/config.json: model_type='llama': must be 'deepseek_v2'"):
         from_pretrained(broken)
-    (broken / "config.json").write_text(json.dumps(config | {"vocab_size": 113, "first_k_dense_replace": 0}))
+    (broken / "config.json").write_text(json.dumps(config | {"vocab_size": 301, "first_k_dense_replace": 0}))
     with pytest.raises(FolderError, match=r"broken: does not hold the model .*layers.0.mlp.* \(and \d+ more\)"):
         from_pretrained(broken)
 

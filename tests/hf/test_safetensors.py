@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import pathlib
@@ -14,7 +15,9 @@ import safetensors.numpy
 from hypothesis import strategies as st
 
 from dsv2_jax.hf import safetensors as ours
-from dsv2_jax.hf.safetensors import DTYPES, INDEX, SINGLE, SUMS, Folder, FolderError, ShardWriter
+from dsv2_jax.hf.journal import Journal
+from dsv2_jax.hf.safetensors import DTYPES, INDEX, SINGLE, SUMS, Folder, FolderError
+from dsv2_jax.hf.shard_writer import JOURNAL, ShardWriter
 
 
 def tensors(seed=0) -> dict[str, np.ndarray]:
@@ -290,6 +293,7 @@ FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
         ({"b": None, "c": SECOND}, f"{SECOND}: holds 'b', and {INDEX} lacks it"),
         ({"a": SECOND, "b": FIRST}, f"{FIRST}: holds 'a', and {INDEX} puts it into '{SECOND}'"),
         ({"a": None, "b": None}, "weight_map must name a file"),
+        ({"c": "model-7", "d": "model-8"}, "which is missing; download it; "),
     ],
 )
 def test_a_wrong_index_is_named(tmp_path, changes, message):
@@ -447,6 +451,85 @@ def test_another_identity_begins_anew(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [SUMS, SINGLE]
     with pytest.raises(FolderError, match="is there already; choose another folder"):
         ShardWriter(tmp_path, 100)
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def stopped(monkeypatch, at: int, *arguments, **options) -> bool:
+    """Whether `write` comes to its step `at`, where it is stopped: before or after a rename, or the journal's end."""
+    steps = itertools.count()
+
+    def stopping(do):
+        def step(*arguments):
+            if next(steps) == at:
+                raise KeyboardInterrupt
+            result = do(*arguments)
+            if next(steps) == at:
+                raise KeyboardInterrupt
+            return result
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "rename", stopping(pathlib.Path.rename))
+        patch.setattr(Journal, "remove", stopping(Journal.remove))
+        try:
+            write(*arguments, **options)
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("shard_bytes", "steps"), [(100, 28), (10**6, 6)], ids=["shards", "one file"])
+def test_a_run_stopped_at_any_of_its_last_steps_goes_on(tmp_path, monkeypatch, shard_bytes, steps):
+    whole = contents(write(tmp_path / "whole", VALUES, shard_bytes))
+    for at in range(steps):
+        assert stopped(monkeypatch, at, tmp_path / str(at), VALUES, shard_bytes)
+        if (tmp_path / str(at) / JOURNAL).exists():
+            write(tmp_path / str(at), VALUES, shard_bytes)
+        assert contents(tmp_path / str(at)) == whole, at
+    assert not stopped(monkeypatch, steps, tmp_path / "all", VALUES, shard_bytes)  # there is no such step
+
+
+@pytest.mark.parametrize(("shard_bytes", "steps"), [(100, [13, 26]), (10**6, [4])], ids=["shards", "one file"])
+def test_a_shard_that_is_lost_is_written_again(tmp_path, monkeypatch, shard_bytes, steps):
+    """Also where its user has removed what stood in the way: what is not there is not done, whatever was noted."""
+    whole = contents(write(tmp_path / "whole", VALUES, shard_bytes))
+    for at in steps:  # all complete, none renamed; all but the end of the journal
+        for lost in range(6 if shard_bytes == 100 else 1):
+            folder = tmp_path / f"{at} {lost}"
+            assert stopped(monkeypatch, at, folder, VALUES, shard_bytes)
+            sorted(folder.glob("model*.safetensors*"))[lost].unlink()
+            for _ in range(2):  # and stopped again in the shard after it
+                if (folder / JOURNAL).exists():
+                    stopped(monkeypatch, 2, folder, VALUES, shard_bytes)
+            if (folder / JOURNAL).exists():
+                write(folder, VALUES, shard_bytes)
+            assert contents(folder) == whole
+
+
+def test_a_shard_that_goes_while_it_is_published_is_an_error(tmp_path):
+    writer = ShardWriter(tmp_path, 100)
+    for name, value in VALUES.items():
+        writer.add(name, value.shape, value.dtype, [value])
+    lost = tmp_path / "model-00003-of-00006.safetensors.complete"
+    with pytest.raises(FolderError, match=r"model-00003-of-00006.safetensors: has gone since .*; run it again"):
+        writer.finish(verify=lost.unlink)
+    assert not (tmp_path / INDEX).exists()
+
+
+@pytest.mark.parametrize(("shard_bytes", "last"), [(100, 26), (10**6, 4)])
+def test_a_whole_folder_of_another_source_is_not_taken_for_ones_own(tmp_path, monkeypatch, shard_bytes, last):
+    assert stopped(monkeypatch, last, tmp_path, VALUES, shard_bytes, identity="one")
+    before = contents(tmp_path)
+    for _ in range(2):
+        with pytest.raises(FolderError, match="is whole, of another source or of other options; choose another folder"):
+            ShardWriter(tmp_path, shard_bytes, "two")
+        assert contents(tmp_path) == before
+    write(tmp_path, VALUES, shard_bytes, identity="one")
+    assert not (tmp_path / JOURNAL).exists()
 
 
 def test_two_writers_of_one_folder(tmp_path):

@@ -1,6 +1,7 @@
 """Chats beside transformers' apply_chat_template (case 6: libraries disagree on BOS; ours puts it, once)."""
 
 import pytest
+from data import test_chat as chats
 
 from dsv2_jax.data.chat import render
 from dsv2_jax.data.tokenizer import SPECIAL_NAMES, Tokenizer
@@ -36,6 +37,22 @@ def both(live, tmp_path_factory):
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 6])
 def test_same_tokens(both, first, length):
     ours, theirs = both
+    messages = TALK[first:length]
+    asked = messages[-1]["role"] == "user"
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=asked, tokenize=True, return_dict=False)
+    assert render(ours, messages, add_generation_prompt=asked).tokens == list(expected)
+
+
+@pytest.mark.parametrize("template", [chats.V2_5, chats.CHAT_0628], ids=["V2.5", "0628"])
+@pytest.mark.parametrize("first", [0, 1], ids=["system", "no system"])
+@pytest.mark.parametrize("length", [2, 3, 6])
+def test_same_tokens_where_roles_are_tokens(live, tmp_path, template, first, length):
+    from transformers import PreTrainedTokenizerFast
+
+    ours = chats.with_roles(tmp_path, template)
+    bos, eos = ours.names
+    names = {"bos_token": bos, "eos_token": eos, "chat_template": template}
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **names)
     messages = TALK[first:length]
     asked = messages[-1]["role"] == "user"
     expected = theirs.apply_chat_template(messages, add_generation_prompt=asked, tokenize=True, return_dict=False)

@@ -143,6 +143,8 @@ def test_the_topology_of_the_jobset_has_its_chips():
 
 @pytest.mark.parametrize(("exporting", "visible"), [(True, "0,1,2,3"), (False, "0")])
 def test_processes_find_each_other_through_slurm_and_see_all_devices_of_their_node(exporting, visible):
+        hosts = int(re.search(counts[0], text)[1])
+        assert config.data.virtual_shards % hosts == 0
     """JAX takes one device a process from Slurm's variables, unless the template names them all."""
     exports = [line for line in (LAUNCH / "slurm.sbatch").read_text().splitlines() if line.startswith("export JAX")]
     code = (
@@ -156,6 +158,15 @@ def test_processes_find_each_other_through_slurm_and_see_all_devices_of_their_no
     environment = os.environ | {"PYTHONPATH": f"{LAUNCH.parents[1]}:{LAUNCH.parent}", "JAX_PLATFORMS": "cpu"}
     environment |= {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
     environment |= {"SLURM_GPUS_ON_NODE": "4", "JAX_COORDINATOR_PORT": str(port)}
+@pytest.mark.parametrize("name", ["v2", "v2_lite", "dense_67b"])
+def test_a_config_has_a_shard_for_every_process_of_the_chips_it_names(name):
+    path = LAUNCH.parent / "configs" / f"{name}.py"
+    sides = re.search(r"v5p:([\dx]+) ", path.read_text())[1].split("x")
+    config = common.load_config(str(path), [("data.sources.0.paths", "unread")])
+    most = max(math.prod(map(int, sides)), config.train.microbatch_size)  # one sequence a chip
+    assert config.data.virtual_shards % (most // 4) == 0
+
+
     script = "\n".join([*(exports if exporting else []), 'exec "$0" -c "$1"'])
     children = [
         subprocess.Popen(

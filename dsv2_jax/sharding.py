@@ -358,6 +358,12 @@ def check_mesh(mesh, model: ModelConfig, *, batch_size: int | None = None, seque
     if sequence_length is not None:
         parts = 2 * sizes["context"] if sizes["context"] > 1 else 1
         if sequence_length % parts:
+    check_batch(mesh, batch_size, sequence_length)
+
+
+def check_batch(mesh, batch_size: int | None, sequence_length: int | None) -> None:
+    """The part of `check_mesh` that needs no model."""
+    sizes = mesh.shape
             may = _divisors(sequence_length // 2) if sequence_length % 2 == 0 else "1"
             raise ConfigError(
                 f"mesh: context={sizes['context']} cuts the sequence into {parts} equal pieces, two for each device, "

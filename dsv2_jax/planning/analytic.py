@@ -110,7 +110,10 @@ def stored_bytes(tree, mesh: MeshShape) -> int:
 
 
 def traffic(job: Job) -> list[Traffic]:
-    """The least bytes a device must send in a training step, by purpose; every microbatch sends them anew."""
+    """The least bytes a device must send in a training step, by purpose; every microbatch sends them anew.
+
+    (XLA may gather the output matrix and the dense layers once for all microbatches, and hold them.)
+    """
     model, mesh = job.model, job.mesh
     gathers = scatters = copies = 0.0
     again = 1 if model.compute.remat == "none" else 2

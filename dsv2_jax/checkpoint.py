@@ -253,7 +253,7 @@ def load_config(path: str | epath.Path, step: int | None = None) -> dict:
     """The experiment's config as it was saved (`path` and `step` as for `restore_params`), in plain dicts and lists."""
     folder = locate(path, step)
     try:
-        return _read(folder, {}, ("config",))["config"]
+        return _read_here(folder, {}, ("config",))[1]["config"]
     except Exception as error:
         raise CheckpointError(f"{folder} is damaged: {_damage(error, folder)}") from error
 
@@ -323,8 +323,37 @@ def _everywhere(ok: bool) -> bool:
     return ok if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
 
+def _in_all(function):
+    """What `function` gives, which waits for no other process; an error in one process is an error in all.
+
+    So that none goes on alone to what all must do together.
+    """
+    result = failed = None
+    try:
+        result = function()
+    except Exception as error:
+        failed = error
+    if not _everywhere(failed is None):
+        raise failed or CheckpointError("damaged as another process reads it")
+    return result
+
+
 def _read(folder: epath.Path, abstract: dict[str, dict], documents: tuple[str, ...]) -> dict:
-    """The named array trees and documents of one checkpoint, checked against their shapes and their checksums."""
+    """The named array trees and documents of one checkpoint, checked against their shapes and their checksums.
+
+    All processes call it alike.
+    """
+    sums, values = _in_all(lambda: _read_here(folder, abstract, documents))
+    for name, tree in abstract.items():
+        wrong = [array for array, value in _array_sums(values[name]).items() if sums[name].get(array) != value]
+        if wrong:
+            raise CheckpointError(f"{name}: the checksum of {', '.join(wrong[:3])} is wrong ({len(wrong)} arrays)")
+        values[name] = jax.tree.map(_cast, values[name], tree)
+    return values
+
+
+def _read_here(folder: epath.Path, abstract: dict[str, dict], documents: tuple[str, ...]) -> tuple[dict, dict]:
+    """All checksums; the arrays as they are stored, of each this process's part, and the documents, found right."""
     sums = ocp.JsonCheckpointHandler().restore(folder / "checksums")
     values = {}
     for name, tree in abstract.items():
@@ -334,15 +363,11 @@ def _read(folder: epath.Path, abstract: dict[str, dict], documents: tuple[str, .
         stored = handler.metadata(folder / name).tree
         _check_shapes(folder / name, tree, stored)
         values[name] = handler.restore(folder / name, args=_restore_args(tree, stored))
-        wrong = [array for array, value in _array_sums(values[name]).items() if sums[name].get(array) != value]
-        if wrong:
-            raise CheckpointError(f"{name}: the checksum of {', '.join(wrong[:3])} is wrong ({len(wrong)} arrays)")
-        values[name] = jax.tree.map(_cast, values[name], tree)
     for name in documents:
         values[name] = ocp.JsonCheckpointHandler().restore(folder / name)
         if _document_sum(values[name]) != sums[name]:
             raise CheckpointError(f"{name}: its checksum is wrong")
-    return values
+    return sums, values
 
 
 def _restore_args(tree: dict, stored: dict):

@@ -102,7 +102,10 @@ def make_mesh(shape: MeshShape | str, devices=None) -> Mesh:
     devices = list(jax.devices() if devices is None else devices)
     sizes = shape.resolve(len(devices)).sizes
     if devices[0].platform == "tpu":
-        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        try:
+            placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        except (NotImplementedError, ValueError, AssertionError) as error:
+            raise ConfigError(f"mesh={str(shape)!r}: it cannot be laid out on these chips: {error}") from None
     else:  # neighbours in the last axes share a process, and so the fastest links
         placed = np.array(devices).reshape(sizes)
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
@@ -355,6 +358,12 @@ def check_mesh(mesh, model: ModelConfig, *, batch_size: int | None = None, seque
         heads["expert_width"] = model.moe.expert_width
     for what, size in heads.items():
         _check_divides(size, sizes["tensor"], what, "tensor")
+    check_batch(mesh, batch_size, sequence_length)
+
+
+def check_batch(mesh, batch_size: int | None, sequence_length: int | None) -> None:
+    """The part of `check_mesh` that needs no model."""
+    sizes = mesh.shape
     if sequence_length is not None:
         parts = 2 * sizes["context"] if sizes["context"] > 1 else 1
         if sequence_length % parts:

@@ -51,8 +51,10 @@ def start_processes(arguments: argparse.Namespace) -> None:
     missing = [f"--{name}" for name, value in explicit.items() if value is None]
     if len(missing) == 3 and not arguments.distributed:
         return
-    if arguments.distributed == (len(missing) < 3) or 0 < len(missing) < 3:
-        raise ConfigError(f"--distributed alone, or all of --coordinator, --processes, --process; missing: {missing}")
+    if arguments.distributed and len(missing) < 3:
+        raise ConfigError("--distributed finds the processes itself: leave out --coordinator, --processes, --process")
+    if not arguments.distributed and missing:
+        raise ConfigError(f"--coordinator, --processes and --process go together; missing: {', '.join(missing)}")
     import jax
 
     place = (arguments.coordinator, arguments.processes, arguments.process)

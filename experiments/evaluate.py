@@ -64,12 +64,14 @@ def main() -> None:
     source = SourceConfig(name="data", paths=tuple(flags.data.split(",")), text_field=flags.text_field)
     expand(source)  # files that are not there are an error before the model is read
     mesh = common.make_mesh(flags.overrides)
+    if mesh is not None:
+        sharding.check_batch(mesh, flags.batch, flags.seq)
     model, tokenizer = common.open_model(flags.checkpoint, flags.dtype, flags.tokenizer, mesh)
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
         raise ConfigError(f"--tokenizer: it has {sizes}; name the model's own")
     if mesh is not None:
-        sharding.check_mesh(mesh, model.config, batch_size=flags.batch, sequence_length=flags.seq)
+        sharding.check_mesh(mesh, model.config)
     batches = itertools.islice(read_batches(source, tokenizer, flags.batch, flags.seq), flags.batches)
     placing, tokens, start = Placing(mesh, flags.batch), 0, time.perf_counter()
 

@@ -44,18 +44,27 @@ def main(argv: list[str] | None = None) -> None:
         type=int,
         default=1,
         metavar="B",
-        help="sequences of each device; what is planned is one microbatch, no accumulation (default: %(default)s)",
+        help="sequences computed at once for each member of data x fsdp x expert (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--microbatches",
+        type=int,
+        default=1,
+        metavar="M",
+        help="of so many sequences each, their gradients added up, in a training step (default: %(default)s)",
     )
     parser.add_argument("--remat", choices=["none", "dots", "full"], help="(default: the model's)")
     parser.add_argument("--decode", action="store_true", help="the decoding step, not the training step")
     parser.add_argument("--analytic", action="store_true", help="compile nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = common.parse_arguments(parser, argv)
-    for name in ("seq", "batch_per_device"):
+    for name in ("seq", "batch_per_device", "microbatches"):
         if (getattr(arguments, name) or 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive")
     if bool(arguments.mesh) == arguments.search:
         parser.error("give either --mesh=... or --search")
+    if arguments.decode and arguments.microbatches > 1:
+        parser.error("--microbatches divides a training step; a decoding step has none")
     if arguments.search and arguments.decode:
         parser.error("--search ranks training steps; give --decode a --mesh")
     if arguments.preset and arguments.overrides:
@@ -75,11 +84,12 @@ def main(argv: list[str] | None = None) -> None:
         plan.topology_devices(topology)  # what is missing or misspelt shows before anything long
     if not arguments.search:
         mesh = sharding.parse_mesh(arguments.mesh).resolve(topology.devices)
-        job = Job(model, mesh, length, arguments.batch_per_device)
+        job = Job(model, mesh, length, arguments.batch_per_device, arguments.microbatches)
         made = plan.make_plan(job, topology, decoding=arguments.decode, compiling=compiling)
         print(json.dumps(made.to_dict()) if arguments.json else text(made, arguments.preset))
         return
-    order = plan.ranked(plan.meshes(model, topology, length, arguments.batch_per_device), topology)
+    sizes = length, arguments.batch_per_device, arguments.microbatches
+    order = plan.ranked(plan.meshes(model, topology, *sizes), topology)
     best = [plan.make_plan(one.job, topology, compiling=compiling) for one in order[:COMPILED_BEST]]
     if arguments.json:
         print(json.dumps({"ranked": [one.to_dict() for one in order], "best": [one.to_dict() for one in best]}))
@@ -109,7 +119,8 @@ def _model(arguments):
 def text(plan, preset: str | None = None) -> str:
     """A plan as a page."""
     job, chip, estimate = plan.job, plan.topology.chip, plan.estimate
-    what = f"a cache of {job.length} tokens" if plan.decoding else f"{job.length} tokens, one microbatch"
+    pieces = "one microbatch" if job.microbatches == 1 else f"{job.microbatches} microbatches"
+    what = f"a cache of {job.length} tokens" if plan.decoding else f"{job.length} tokens, {pieces}"
     lines = [
         f"{'decoding' if plan.decoding else 'training'} step on {plan.topology} ({job.devices} devices), "
         f"mesh {job.mesh}, {job.batch} sequences of {what}"

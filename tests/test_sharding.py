@@ -1,5 +1,6 @@
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,16 @@ def test_a_mesh_has_all_five_axes():
     assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1, "context": 1}
     assert [device.id for device in mesh.devices.flat] == list(range(8))
     assert make_mesh("data=rest", jax.devices()[:2]).shape["data"] == 2
+
+
+def test_a_mesh_that_does_not_fit_the_chips_names_itself(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("Failed to find assignment")
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", refuse)
+    chips = [types.SimpleNamespace(platform="tpu")] * 3
+    with pytest.raises(ConfigError, match="mesh='fsdp=3': it cannot be laid out on these chips: Failed to find"):
+        make_mesh("fsdp=3", chips)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from dsv2_jax import sharding
 from dsv2_jax.config import MoEConfig
-from dsv2_jax.model.parallel import per_token
+from dsv2_jax.model.parallel import per_token, zigzag
 from dsv2_jax.types import MoEStats, pytree
 
 
@@ -84,8 +85,9 @@ def dropped(
     B, T, K = expert_BTK.shape
     group_BA = jnp.where(real_BT[..., None], expert_BTK // config.experts_per_group, config.groups).reshape(B, T * K)
     affinity_BA = chosen_BTK.reshape(B, T * K)
-    pair_BA = jnp.broadcast_to(jnp.arange(T * K), (B, T * K))
-    sorted_BA, _, pair_BA = jax.lax.sort((group_BA, -affinity_BA, pair_BA), dimension=1, num_keys=2, is_stable=True)
+    place_T = zigzag(T, sharding.axis_size("context"))  # of each column in its sequence
+    pair_BA = jnp.broadcast_to((K * jnp.asarray(place_T)[:, None] + jnp.arange(K)).reshape(-1), (B, T * K))
+    sorted_BA, _, pair_BA = jax.lax.sort((group_BA, -affinity_BA, pair_BA), dimension=1, num_keys=3)
     starts_here_BA = jnp.concatenate([jnp.ones((B, 1), bool), sorted_BA[:, 1:] != sorted_BA[:, :-1]], axis=1)
     place_BA = jnp.broadcast_to(jnp.arange(T * K), (B, T * K))
     rank_BA = place_BA - jax.lax.cummax(jnp.where(starts_here_BA, place_BA, 0), axis=1)
@@ -94,7 +96,7 @@ def dropped(
     over_BA = jnp.zeros((B, T * K), bool).at[jnp.arange(B)[:, None], pair_BA].set(over_BA)
     if protected_B is not None:
         over_BA &= ~protected_B[:, None]
-    return over_BA.reshape(B, T, K)
+    return over_BA.reshape(B, T, K)[:, place_T]
 
 
 def route(

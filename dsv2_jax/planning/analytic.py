@@ -7,6 +7,7 @@ and only activations are sent: a step may send a little less than this. Activati
 estimates, and marked so.
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -26,20 +27,30 @@ GRADIENT_BYTES = 4  # held in float32, as the masters are; sent in the compute d
 
 @dataclass(frozen=True)
 class Job:
-    """One training step on a mesh: `per_device` sequences of `length` tokens for each member of the batch axes."""
+    """One training step on a mesh: `per_device` sequences of `length` tokens for each member of the batch axes.
+
+    That many are computed at once, in each of `microbatches`, whose gradients are added up.
+    """
 
     model: ModelConfig
     mesh: MeshShape
     length: int
     per_device: int = 1
+    microbatches: int = 1
 
     @property
     def devices(self) -> int:
         return math.prod(self.mesh.sizes)
 
     @property
-    def batch(self) -> int:
+    def microbatch(self) -> int:
+        """Sequences computed at once."""
         return self.per_device * math.prod(getattr(self.mesh, axis) for axis in BATCH_AXES)
+
+    @property
+    def batch(self) -> int:
+        """Sequences of a step."""
+        return self.microbatches * self.microbatch
 
     @property
     def tokens(self) -> int:
@@ -47,7 +58,7 @@ class Job:
 
     @property
     def local_tokens(self) -> int:
-        """Tokens whose activations one device holds; those that differ in `tensor` alone hold the same."""
+        """Tokens whose activations one device holds at once; those that differ in `tensor` alone hold the same."""
         return self.per_device * self.length // self.mesh.context
 
     @property
@@ -99,7 +110,10 @@ def stored_bytes(tree, mesh: MeshShape) -> int:
 
 
 def traffic(job: Job) -> list[Traffic]:
-    """The least bytes a device must send in a training step, by purpose."""
+    """The least bytes a device must send in a training step, by purpose; every microbatch sends them anew.
+
+    (XLA may gather the output matrix and the dense layers once for all microbatches, and hold them.)
+    """
     model, mesh = job.model, job.mesh
     gathers = scatters = copies = 0.0
     again = 1 if model.compute.remat == "none" else 2
@@ -132,7 +146,7 @@ def traffic(job: Job) -> list[Traffic]:
         width = _cached_width(model) * compute_bytes
         entries = job.local_tokens * (mesh.context - 1) * width
         found.append(Traffic("context", passes * model.layers * entries, ("context",), False))
-    return found
+    return [dataclasses.replace(one, nbytes=job.microbatches * one.nbytes) for one in found]
 
 
 def _cached_width(model: ModelConfig) -> int:
@@ -159,22 +173,25 @@ def rows_sent(model: ModelConfig, devices: int) -> float:
 def transports(job: Job, topology: Topology) -> dict[str, dict[str, float]]:
     """The two ways rows travel to experts: rows a token, bytes a step, and seconds of a step they alone would take.
 
+    Rows cross five times: x and y forward; x again, dy and dx backward, where the experts are computed again.
     Stepwise sends whole buffers, `expert_slack` times an even share, but what the shared experts compute meanwhile
-    hides it. Ragged sends only the rows there are, and hides behind nothing.
+    hides the three ways there (those back wait for the routed experts). Ragged sends only the rows there are, and
+    hides behind nothing.
     """
     model, P = job.model, job.mesh.expert
     if model.moe is None or P == 1:
         return {}
     slack, length = model.compute.expert_slack, job.length // job.mesh.context
     bound = (P - 1) * exchange.rows_per_peer(model.moe, P, job.per_device, length, slack) / job.local_tokens
-    width = 4 * model.moe_layers * job.local_tokens * model.dim * jnp.dtype(model.compute.dtype).itemsize
-    width_shared = model.moe.shared_experts * model.moe.expert_width
-    shared = 18 * job.local_tokens * model.dim * width_shared * model.moe_layers / topology.chip.flops
+    tokens = job.microbatches * model.moe_layers * job.local_tokens  # of all layers
+    width_shared = model.moe.shared_experts * model.moe.expert_width // job.mesh.tensor
+    shared = 18 * tokens * model.dim * width_shared / topology.chip.flops
     result = {}
     for name, rows, hidden in (("stepwise", bound, shared), ("ragged", rows_sent(model, P), 0.0)):
-        seconds = time_sending(Traffic(name, rows * width, ("expert",), True), job, topology)
-        visible = max(0.0, seconds - hidden)
-        result[name] = {"rows_per_token": rows, "bytes": rows * width, "seconds": seconds, "visible_seconds": visible}
+        trip = rows * tokens * model.dim * jnp.dtype(model.compute.dtype).itemsize
+        seconds = time_sending(Traffic(name, 5 * trip, ("expert",), True), job, topology)
+        visible = max(0.0, 3 / 5 * seconds - hidden) + 2 / 5 * seconds
+        result[name] = {"rows_per_token": rows, "bytes": 5 * trip, "seconds": seconds, "visible_seconds": visible}
     return result
 
 
@@ -245,18 +262,23 @@ def flops(job: Job) -> dict[str, float]:
     return {"model": own * per_token, "with_recomputation": (own + again[model.compute.remat]) * per_token}
 
 
+def _accumulating(job: Job) -> bool:
+    """Whether the sum of the gradients is held beside those of a microbatch."""
+    return job.microbatches > 1
+
+
 def hbm_bytes(job: Job, parameters: int) -> float:
     """Estimated HBM traffic: the optimizer's pass over the state, gathered weights, and activations in and out.
 
     The update reads masters, gradients and two moments and writes all but the gradients. A weight is written when
     gathered and read by its product in every pass, its gradient written and read once. Activations: each product's
-    input and output, in every pass.
+    input and output, in every pass. Microbatches' gradients are read and added to a sum.
     """
     model, passes = job.model, 2 if job.model.compute.remat == "none" else 3
     width, used = jnp.dtype(model.compute.dtype).itemsize, 0.0
     for variable, array in _variables(_abstract(model)):
         used += array.size / _parts(compute_spec(variable.get_metadata("axes")), job.mesh)
-    update = parameters / 4 * (16 + 12)
+    update = parameters / 4 * (16 + 12) + _accumulating(job) * job.microbatches * parameters / 4 * 12
     weights = used * (2 * width * passes + 2 * GRADIENT_BYTES)
     attention, moe = model.attention, model.moe
     per_token = 6 * model.dim + 4 * attention.heads * attention.qk_dim // job.mesh.tensor
@@ -264,7 +286,8 @@ def hbm_bytes(job: Job, parameters: int) -> float:
         per_token += moe.experts_per_token * (4 * model.dim + 4 * moe.expert_width) // job.mesh.tensor
     else:
         per_token += 4 * model.dense_width // job.mesh.tensor
-    return update + weights + 2 * passes * model.layers * job.local_tokens * per_token * width
+    computing = weights + 2 * passes * model.layers * job.local_tokens * per_token * width
+    return update + job.microbatches * computing
 
 
 @dataclass(frozen=True)
@@ -299,7 +322,7 @@ def estimate(job: Job, topology: Topology, state) -> Estimate:
     memory = {
         "parameters": parameters,
         "optimizer": everything - parameters,
-        "gradients": parameters / 4 * GRADIENT_BYTES,
+        "gradients": parameters / 4 * GRADIENT_BYTES * (1 + _accumulating(job)),
         **activations(job),
     }
     sent, work = traffic(job), flops(job)

@@ -105,7 +105,7 @@ class Plan:
             "sequence": self.job.length,
             "batch": self.job.batch,
             "tokens_per_step": self.tokens,
-            "microbatches": 1,  # nothing is accumulated
+            "microbatches": self.job.microbatches,
             "chip": dataclasses.asdict(self.topology.chip),
             "compiled": self.compiled is not None,
             "not_compiled": self.not_compiled,
@@ -151,8 +151,9 @@ class DoesNotFit(Exception):
 
 def make_plan(job: Job, topology: Topology, *, decoding: bool = False, compiling: bool = True) -> Plan:
     """The plan of a job; `ConfigError` where the mesh cannot hold it or the compiler is missing."""
-    sharding.check_mesh(job.abstract_mesh, job.model, batch_size=job.batch, sequence_length=job.length)
+    sharding.check_mesh(job.abstract_mesh, job.model, batch_size=job.microbatch, sequence_length=job.length)
     if decoding:
+        sharding.check_decoding(job.abstract_mesh)
         estimate = analytic.estimate_decoding(job, topology, _decoding_model(job))
     else:
         estimate = analytic.estimate(job, topology, _training_state(job.model))
@@ -173,7 +174,8 @@ def make_plan(job: Job, topology: Topology, *, decoding: bool = False, compiling
 def experiment(job: Job) -> ExperimentConfig:
     """The settings of a training run that does `job` at each step; its data is never read."""
     optimizer = OptimizerConfig(peak_lr=1e-4)
-    train = TrainConfig(steps=100_000, sequence_length=job.length, batch_size=job.batch, optimizer=optimizer)
+    sizes = {"batch_size": job.batch, "microbatch_size": job.microbatch}
+    train = TrainConfig(steps=100_000, sequence_length=job.length, optimizer=optimizer, **sizes)
     unread = DataConfig(sources=(SourceConfig(name="none", paths=("none",)),))
     return ExperimentConfig(model=job.model, train=train, data=unread)
 
@@ -187,7 +189,7 @@ def _training_state(model: ModelConfig):
 # --- search ----------------------------------------------------------------------------------------------------------
 
 
-def meshes(model: ModelConfig, topology: Topology, length: int, per_device: int) -> list[Job]:
+def meshes(model: ModelConfig, topology: Topology, length: int, per_device: int, microbatches: int = 1) -> list[Job]:
     """Jobs on all meshes of the topology that can hold the model: any data, fsdp and expert, tensor up to 8."""
     found = []
     divisors = [n for n in range(1, topology.devices + 1) if topology.devices % n == 0]
@@ -195,9 +197,10 @@ def meshes(model: ModelConfig, topology: Topology, length: int, per_device: int)
         data, rest = divmod(topology.devices, fsdp * expert * tensor)
         if rest or data == 0:
             continue
-        job = Job(model, sharding.MeshShape(data=data, fsdp=fsdp, expert=expert, tensor=tensor), length, per_device)
+        mesh = sharding.MeshShape(data=data, fsdp=fsdp, expert=expert, tensor=tensor)
+        job = Job(model, mesh, length, per_device, microbatches)
         try:
-            sharding.check_mesh(job.abstract_mesh, model, batch_size=job.batch, sequence_length=length)
+            sharding.check_mesh(job.abstract_mesh, model, batch_size=job.microbatch, sequence_length=length)
             analytic.stored_bytes(counting.abstract_model(model), job.mesh)
         except ConfigError:
             continue
@@ -246,14 +249,9 @@ def compile_training(job: Job, devices: list, options: dict | None = None) -> Co
     mesh, config = sharding.make_mesh(job.mesh, devices), experiment(job)
     state = abstract_state(config, mesh)
     where = NamedSharding(mesh, sharding.activation_spec(None, "batch", "sequence"))
-    batch = Batch(
-        **{
-            field.name: jax.ShapeDtypeStruct(
-                (1, job.batch, job.length), jnp.float32 if field.name == "weights_BT" else jnp.int32, sharding=where
-            )
-            for field in dataclasses.fields(Batch)
-        }
-    )
+    shape = job.microbatches, job.microbatch, job.length
+    types = {field.name: jnp.int32 for field in dataclasses.fields(Batch)} | {"weights_BT": jnp.float32}
+    batch = Batch(**{name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in types.items()})
     step = make_train_step(config, mesh)  # outside of `use`: what it computes now runs on this machine
     with sharding.use(mesh):
         lowered = step.lower(state, batch)
@@ -262,7 +260,7 @@ def compile_training(job: Job, devices: list, options: dict | None = None) -> Co
         "optimizer": analytic.stored_bytes(state.moments, job.mesh),
     }
     stored = {_shard(leaf).shape for leaf in jax.tree.leaves(state.model)}
-    return _compile(lowered, arguments, options, stored, job.model.moe_layers)
+    return _compile(lowered, arguments, options, stored, job.model.moe_layers, depth=int(job.microbatches > 1))
 
 
 def compile_decoding(job: Job, devices: list, options: dict | None = None) -> Compiled:
@@ -299,13 +297,16 @@ def _bytes_here(tree) -> int:
     return sum(shard.size * shard.dtype.itemsize for shard in map(_shard, jax.tree.leaves(tree)))
 
 
-def _compile(lowered, arguments: dict[str, int], options: dict | None, stored=frozenset(), layers: int = 0) -> Compiled:
+def _compile(
+    lowered, arguments: dict[str, int], options: dict | None, stored=frozenset(), layers: int = 0, depth: int = 0
+) -> Compiled:
     """Compiles, and tells the temporaries apart by their shapes where memory is fullest.
 
     Args:
       arguments: bytes of the step's arguments by category.
       stored: shapes of the parameters' shards. A float32 array of one, outside of loops, is a gradient.
       layers: layers that are scanned. Any other array with this leading dimension is kept for the backward pass.
+      depth: loops around both: that over the microbatches.
     """
     start = time.perf_counter()
     try:
@@ -321,7 +322,7 @@ def _compile(lowered, arguments: dict[str, int], options: dict | None, stored=fr
     memory["program"] = stats.generated_code_size_in_bytes
     held = live.at_peak(text)
     if stored:
-        outside = [one for one in held if not one.loops]
+        outside = [one for one in held if len(one.loops) <= depth]
         gradients = [one for one in outside if one.shape.dtype == "f32" and one.shape.dims in stored]
         kept = [one for one in outside if one.shape.dims[:1] == (layers,) and one.shape.dims not in stored]
         memory["gradients"] = sum(one.nbytes for one in gradients)

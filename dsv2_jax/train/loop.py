@@ -15,7 +15,7 @@ import tqdm
 
 from dsv2_jax import config_io, sharding
 from dsv2_jax.checkpoint import Checkpoints
-from dsv2_jax.config import ConfigError, ExperimentConfig
+from dsv2_jax.config import ConfigError, ExperimentConfig, check
 from dsv2_jax.data.pipeline import TrainIterator, held_out_batches, merge_states
 from dsv2_jax.data.prepare import prepare
 from dsv2_jax.data.tokenizer import Tokenizer
@@ -29,7 +29,8 @@ from dsv2_jax.types import Batch
 
 # What a resumed run may change, as dotted paths of ExperimentConfig: anything else would make it another run.
 CHANGEABLE = ("train.steps", "train.log_every", "train.max_bad_steps", "train.checkpoint", "train.evaluation")
-CHANGEABLE += ("train.profile", "data.workers", "mesh")
+CHANGEABLE += ("train.profile", "train.microbatch_size", "model.compute", "data.workers", "mesh")
+SETTLED = ("model.compute.dtype",)  # though part of one of them
 
 
 class TrainingFailed(RuntimeError):
@@ -78,7 +79,11 @@ def train(
     is_main = jax.process_index() == 0
     say = tqdm.tqdm.write if is_main else lambda message: None
     mesh = open_mesh(config)
+    abstract = abstract_state(config, mesh)  # raises where a parameter cannot lie on the mesh
     placing = Placing(mesh, settings.microbatch_size or settings.batch_size)
+    if data is None:
+        shards, must = config.data.virtual_shards, f"be a multiple of the {placing.readers} processes that read"
+        check(shards % placing.readers == 0, "DataConfig.virtual_shards", shards, must)
     first_process_first(lambda: keep_config(config, workdir))
 
     with contextlib.ExitStack() as stack:
@@ -89,7 +94,6 @@ def train(
         folder = workdir / "checkpoints"
         checkpoints = Checkpoints(folder, keep_last=keep.keep_last, keep_every=keep.keep_every, report=say)
         stack.callback(checkpoints.close)
-        abstract = abstract_state(config, mesh)
         restored = checkpoints.restore_latest(abstract.model, training_part(abstract))
         start = 0 if restored is None else restored.step
         if start >= settings.steps:
@@ -218,7 +222,11 @@ def keep_config(config: ExperimentConfig, workdir: Path) -> None:
     path = workdir / "config.json"
     if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         kept = config_io.from_json(ExperimentConfig, path.read_text())
-        changed = [(name, old, new) for name, old, new in config_io.diff(kept, config) if not _changeable(name)]
+        # The stages of a growing batch are whole microbatches.
+        same_batches = batch_schedule(kept.train) == batch_schedule(config.train)
+        settled = SETTLED if same_batches else (*SETTLED, "train.microbatch_size")
+        different = config_io.diff(kept, config)
+        changed = [one for one in different if one[0] in settled or not _changeable(one[0])]
         if changed:
             fields = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed)
             raise ConfigError(

@@ -125,12 +125,13 @@ def first_process_first(function: Callable[[], object]):
 def ending_with_the_others():
     """Ends this process with a message when another of several is gone: no cleanup can succeed that waits for it.
 
-    If nothing fails here, JAX itself aborts the process once the other has been silent for the heartbeat timeout.
+    If nothing fails here, JAX itself aborts the process once the other has been silent for the heartbeat timeout. What
+    this process ran out of, memory, is its own failure.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
         print(
             f"error: process {jax.process_index()} stopped, as another has ended or cannot be reached "

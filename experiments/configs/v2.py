@@ -7,7 +7,7 @@ of the sequences protected.
 Expected, with the report's data: MMLU 78.5 (5-shot), Pile test 0.606 bits per byte.
 
 The data are yours: --config.data.sources.0.paths='/corpus/*.parquet'. The 128 sequences computed at once are one for
-each device of v5p:4x4x8 with --config.mesh=fsdp=16,expert=8.
+each device of v5p:4x4x8 (32 processes) with --config.mesh=fsdp=16,expert=8.
 """
 
 from ml_collections import ConfigDict
@@ -35,6 +35,11 @@ def get_config() -> ConfigDict:
                 optimizer=dict(peak_lr=2.4e-4, warmup_steps=2000, decay_at=(0.6, 0.9), decay_factor=0.316),
                 checkpoint=dict(every=500, keep_every=10_000),
             ),
-            data=dict(sources=(dict(name="corpus", paths=()),), quality_filters=("all",), dedup=dict()),
+            data=dict(
+                sources=(dict(name="corpus", paths=()),),
+                quality_filters=("all",),
+                dedup=dict(),
+                virtual_shards=512,  # the processes share them out evenly; one drives four chips
+            ),
         )
     )

@@ -28,6 +28,11 @@ def get_config() -> ConfigDict:
                 optimizer=dict(peak_lr=4.2e-4, warmup_steps=2000, decay_at=(0.8, 0.9), decay_factor=0.316),
                 checkpoint=dict(every=500, keep_every=10_000),
             ),
-            data=dict(sources=(dict(name="corpus", paths=()),), quality_filters=("all",), dedup=dict()),
+            data=dict(
+                sources=(dict(name="corpus", paths=()),),
+                quality_filters=("all",),
+                dedup=dict(),
+                virtual_shards=64,  # the processes share them out evenly; one drives four chips
+            ),
         )
     )

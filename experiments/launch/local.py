@@ -13,6 +13,7 @@ import sys
 import time
 
 STOPPED = 128 + signal.SIGTERM  # saved and stopped by a signal
+MISTAKEN = 2  # a flag or a setting is wrong
 EXAMPLE = """\
 example, two processes of two virtual CPU devices each:
   python experiments/launch/local.py --processes=2 --cpu_devices=2 -- \\
@@ -78,11 +79,8 @@ def watch(children: list[subprocess.Popen], grace: float) -> int:
         if child.poll() is None:
             child.kill()
     wait(children, grace)
-    print(
-        f"local.py: error: process {first} of {len(children)} {how}; the job was ended. "
-        "The same command goes on from its last checkpoint.",
-        file=sys.stderr,
-    )
+    advice = "" if code == MISTAKEN else " The same command goes on from its last checkpoint."
+    print(f"local.py: error: process {first} of {len(children)} {how}; the job was ended.{advice}", file=sys.stderr)
     return 1
 
 

@@ -68,5 +68,5 @@ def test_bad_input_is_named(evaluate, tmp_path):
         evaluate(data="absent.txt")
     with pytest.raises(ConfigError, match=r"^mesh: .* divided by tensor=8"):
         evaluate("--config.mesh=tensor=8")
-    with pytest.raises(ConfigError, match=r"^mesh: .* 4 is not a multiple"):
-        evaluate("--config.mesh=data=8")
+    with pytest.raises(ConfigError, match=r"^mesh: .* 4 is not a multiple"):  # before the model is read
+        evaluate("--config.mesh=data=8", "--checkpoint=absent/checkpoint")

@@ -1,5 +1,6 @@
 """The local launcher, with children that need no JAX; the templates: what they start, and what JAX makes of Slurm."""
 
+import argparse
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from jax.sharding import AbstractMesh
 
 import common
 from dsv2_jax import sharding
+from dsv2_jax.config import ConfigError
 
 LAUNCH = Path(__file__).parents[2] / "experiments" / "launch"
 
@@ -51,6 +53,13 @@ def test_the_job_ends_when_one_process_does(end, how):
     assert f"process 1 of 2 {how}; the job was ended. The same command goes on from its last checkpoint." in error
 
 
+def test_the_same_command_is_not_advised_where_it_is_wrong():
+    job = start("--processes=2", "--grace=0.3", code="import sys; sys.exit(2)")
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert error.endswith("ended with exit code 2; the job was ended.\n")
+
+
 @pytest.mark.parametrize("end", ["os.abort()", "sys.exit(1)"])
 def test_the_killed_process_is_named_though_another_ended_with_it(end):
     code = f"import os, sys\nif '--process=1' in sys.argv: os.kill(os.getpid(), 9)\n{end}"
@@ -78,6 +87,20 @@ def test_a_command_is_needed():
     job = subprocess.run([sys.executable, LAUNCH / "local.py", "--processes=2"], capture_output=True, text=True)
     assert job.returncode == 2
     assert "write the command after --" in job.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--distributed", "--processes=2"], "leave out --coordinator, --processes, --process"),
+        (["--processes=2", "--process=0"], r"missing: --coordinator$"),
+    ],
+)
+def test_flags_of_processes_that_do_not_go_together(flags, complaint):
+    parser = argparse.ArgumentParser()
+    common.add_process_flags(parser)
+    with pytest.raises(ConfigError, match=complaint):
+        common.start_processes(parser.parse_args(flags))
 
 
 def commands(name: str) -> list[list[str]]:
@@ -120,6 +143,8 @@ def test_what_the_templates_start_is_a_run_that_fits_its_devices(name, counts, m
         batch, length = config.train.microbatch_size, config.train.sequence_length
         sharding.check_mesh(mesh, config.model, batch_size=batch, sequence_length=length)
         assert batch // devices <= 8  # what experiments/plan.py says fits
+        hosts = int(re.search(counts[0], text)[1])
+        assert config.data.virtual_shards % hosts == 0
 
 
 def test_what_the_readme_starts_is_a_run(monkeypatch):
@@ -131,6 +156,15 @@ def test_what_the_readme_starts_is_a_run(monkeypatch):
         shape = sharding.parse_mesh(config.mesh or "data=1")
         mesh, batch = AbstractMesh(shape.sizes, sharding.MESH_AXES), config.train.microbatch_size
         sharding.check_mesh(mesh, config.model, batch_size=batch, sequence_length=config.train.sequence_length)
+
+
+@pytest.mark.parametrize("name", ["v2", "v2_lite", "dense_67b"])
+def test_a_config_has_a_shard_for_every_process_of_the_chips_it_names(name):
+    path = LAUNCH.parent / "configs" / f"{name}.py"
+    sides = re.search(r"v5p:([\dx]+) ", path.read_text())[1].split("x")
+    config = common.load_config(str(path), [("data.sources.0.paths", "unread")])
+    most = max(math.prod(map(int, sides)), config.train.microbatch_size)  # one sequence a chip
+    assert config.data.virtual_shards % (most // 4) == 0
 
 
 def test_the_topology_of_the_jobset_has_its_chips():

@@ -43,11 +43,15 @@ def test_as_a_program_it_prints_one_json_object():
     assert made["device_hours_per_trillion_tokens"] == pytest.approx(1e12 / (128 * 4096) * slowest * 128 / 3600)
 
 
-def test_a_page(capsys):
-    plan.main([*V2_ON_H800, "--seq=2048", "--batch-per-device=2", "--remat=dots"])
+@pytest.mark.parametrize(
+    ("flags", "batch"),
+    [([], "256 sequences of 2048 tokens, one"), (["--microbatches=3"], "768 sequences of 2048 tokens, 3")],
+)
+def test_a_page(capsys, flags, batch):
+    plan.main([*V2_ON_H800, "--seq=2048", "--batch-per-device=2", "--remat=dots", *flags])
     page = capsys.readouterr().out
     for part in (
-        "256 sequences of 2048 tokens, one microbatch",
+        f"{batch} microbatch",
         "DOES NOT FIT",
         "dispatch and combine",
         "cheaper here",
@@ -99,10 +103,18 @@ def test_errors_name_the_remedy(arguments, complaint):
         plan.main(arguments)
 
 
-def test_a_mesh_or_a_search(capsys):
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ([], "give either --mesh=... or --search"),
+        (["--mesh=fsdp=8", "--microbatches=0"], "--microbatches must be positive"),
+        (["--mesh=fsdp=8", "--microbatches=2", "--decode"], "a decoding step has none"),
+    ],
+)
+def test_flags_that_do_not_go_together(capsys, flags, complaint):
     with pytest.raises(SystemExit):
-        plan.main(["--preset=v2", "--topology=h800:8"])
-    assert "give either --mesh=... or --search" in capsys.readouterr().err
+        plan.main(["--preset=v2", "--topology=h800:8", *flags])
+    assert complaint in capsys.readouterr().err
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch):

@@ -1,5 +1,6 @@
 """What a plan says without compiling agrees with the compiler, with counting by hand and with random routing."""
 
+import dataclasses
 import importlib.util
 import math
 
@@ -10,7 +11,7 @@ import small
 
 from dsv2_jax import presets, sharding
 from dsv2_jax.config import ConfigError, DroppingConfig
-from dsv2_jax.model import counting, router
+from dsv2_jax.model import counting, exchange, router
 from dsv2_jax.planning import analytic, hardware, plan
 from dsv2_jax.planning.analytic import Job, Traffic
 from dsv2_jax.train.state import abstract_state
@@ -29,8 +30,8 @@ MODEL = small.change(
 MESHES = ["data=8", "fsdp=8", "expert=8", "fsdp=2,expert=4", "data=2,expert=2,tensor=2", "fsdp=2,context=4"]
 
 
-def job(mesh="fsdp=8", model=MODEL, length=16, per_device=1) -> Job:
-    return Job(model, sharding.parse_mesh(mesh), length, per_device)
+def job(mesh="fsdp=8", model=MODEL, length=16, per_device=1, microbatches=1) -> Job:
+    return Job(model, sharding.parse_mesh(mesh), length, per_device, microbatches)
 
 
 def v2(mesh="fsdp=16,expert=8", **changes) -> Job:
@@ -133,6 +134,30 @@ def test_stepwise_sends_its_slack_and_ragged_what_there_is():
     assert tight["rows_per_token"] == pytest.approx(7 * 0.5 * 6 / 8, rel=0.01)  # the budget of a group
 
 
+def test_rows_cross_five_times_and_two_of_them_are_never_hidden():
+    """Forward x and y; backward x and dy, then dx: the shared experts hide what goes out, not what comes back."""
+    one = v2()
+    rows = 7 * exchange.rows_per_peer(presets.V2.moe, 8, 1, 4096, presets.V2.compute.expert_slack)
+    ways = analytic.transports(one, V5P)
+    assert ways["stepwise"]["bytes"] == 5 * presets.V2.moe_layers * rows * presets.V2.dim * 2
+    hidden = analytic.transports(one, dataclasses.replace(V5P, chip=dataclasses.replace(V5P.chip, flops=1.0)))
+    slow, ragged = hidden["stepwise"], hidden["ragged"]
+    assert slow["visible_seconds"] == pytest.approx(2 / 5 * slow["seconds"])
+    assert ragged["visible_seconds"] == pytest.approx(ragged["seconds"])
+    at_once = analytic.transports(one, dataclasses.replace(V5P, chip=dataclasses.replace(V5P.chip, flops=1e30)))
+    assert at_once["stepwise"]["visible_seconds"] == pytest.approx(slow["seconds"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_compiled_step_sends_the_rows_of_stepwise(remat):
+    """What is recomputed for the backward pass sends nothing."""
+    model = small.change(MODEL, compute__dtype="float32", compute__remat=remat)  # CPUs would send bfloat16 as float32
+    one = job("fsdp=2,expert=4", model)
+    sent = plan.compile_training(one, jax.devices()[:8]).program.by_kind()["collective-permute"]
+    assert sent["wire_bytes"] == analytic.transports(one, V5P)["stepwise"]["bytes"]
+
+
 def test_between_nodes_a_gather_is_shared_and_a_dispatch_is_not():
     chip, nodes = hardware.CHIPS["h100"], hardware.parse_topology("h100:8x16")
     one, nbytes = v2(), 1e9
@@ -142,6 +167,32 @@ def test_between_nodes_a_gather_is_shared_and_a_dispatch_is_not():
     assert across == pytest.approx(nbytes * 120 / 127 / 8 / chip.node_bandwidth)
     alone = analytic.time_sending(Traffic("", nbytes, ("fsdp",), True), one, nodes)
     assert alone == nbytes / chip.node_bandwidth
+
+
+# --- microbatches ----------------------------------------------------------------------------------------------------
+
+
+def test_microbatches_send_and_multiply_as_often_and_hold_the_sum_of_gradients():
+    one, four = v2(), dataclasses.replace(v2(), microbatches=4)
+    state = abstract_state(plan.experiment(one))
+    first, found = (analytic.estimate(each, V5P, state) for each in (one, four))
+    assert (four.tokens, four.batch, four.local_tokens) == (4 * one.tokens, 4 * one.batch, one.local_tokens)
+    assert found.wire_bytes == pytest.approx(4 * first.wire_bytes)
+    assert found.flops["model"] == pytest.approx(4 * first.flops["model"])
+    assert found.memory == first.memory | {"gradients": 2 * first.memory["parameters"]}
+    assert first.hbm_bytes < found.hbm_bytes < 4 * first.hbm_bytes  # one update
+    rows = (analytic.transports(each, V5P)["stepwise"]["bytes"] for each in (four, one))
+    assert next(rows) == 4 * next(rows)
+    assert plan.make_plan(four, V5P, compiling=False).to_dict()["microbatches"] == 4
+
+
+def test_a_compiled_step_of_microbatches_counts_them_all():
+    one, three = (plan.compile_training(job("data=2,fsdp=4", DENSE, microbatches=n), jax.devices()[:8]) for n in (1, 3))
+    scattered = [each.program.by_kind()["all-to-all"]["wire_bytes"] for each in (one, three)]
+    assert scattered[1] == 3 * scattered[0] > 0  # gathers can be fewer: XLA keeps one layer's
+    assert three.program.flops == pytest.approx(3 * one.program.flops)
+    assert three.memory["gradients"] >= one.memory["parameters"]
+    assert three.memory["other arguments"] > one.memory["other arguments"]
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -193,6 +244,11 @@ def test_search_ranks_meshes_that_fit_first_and_only_possible_ones():
 def test_impossible_meshes_say_why(mesh, complaint):
     with pytest.raises(ConfigError, match=complaint):
         plan.make_plan(v2(mesh), V5P, compiling=False)
+
+
+def test_decoding_is_not_planned_where_nothing_can_be_decoded():
+    with pytest.raises(ConfigError, match="context=8 is for training"):
+        plan.make_plan(job("context=8", length=64), hardware.parse_topology("h100:8"), decoding=True, compiling=False)
 
 
 def test_topologies():

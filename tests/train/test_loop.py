@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from dsv2_jax.config import (
 )
 from dsv2_jax.config_io import from_json, parse
 from dsv2_jax.model.counting import training_flops_per_token
-from dsv2_jax.train.loop import TrainingFailed, balance_text, evaluate, keep_config, train
+from dsv2_jax.train.loop import TrainingFailed, balance_text, evaluate, keep_config, open_mesh, train
 from dsv2_jax.train.loss import lm_loss
 from dsv2_jax.train.metrics import read_rows
 from dsv2_jax.train.state import abstract_state
@@ -99,7 +100,48 @@ def test_a_changed_setting_is_refused_by_name(finished):
         assert part in str(error.value)
     allowed = experiment(log_every=5, max_bad_steps=3, evaluation=None, checkpoint=CheckpointConfig(every=1))
     run(allowed, folder)
+    run(experiment(small.change(DENSE, compute__remat="full", compute__loss_chunk=4), microbatch_size=2), folder)
     run(experiment(), folder)
+    with pytest.raises(ConfigError, match=r"model.compute.dtype was 'float32', now 'bfloat16'"):
+        run(experiment(small.change(DENSE, compute__dtype="bfloat16")), folder)
+
+
+def test_a_microbatch_that_changes_the_stages_of_a_growing_batch_is_refused(tmp_path):
+    ramp = BatchRampConfig(start=4, sequences=40, stages=3)
+    keep_config(experiment(batch_size=8, microbatch_size=2, batch_ramp=ramp), tmp_path)  # 4, 4, 6, then 8
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"train\.microbatch_size was 2, now 4"):
+        keep_config(experiment(batch_size=8, microbatch_size=4, batch_ramp=ramp), tmp_path)
+
+
+def test_smaller_microbatches_go_on_to_the_same_losses_and_drop_the_same_tokens(tmp_path):
+    """On fewer devices fewer sequences are computed at once. Which are never dropped does not depend on that."""
+    model = small.change(MOE, moe__dropping=DroppingConfig(capacity_factor=0.5, protected_share=0.5))
+    schedule = {"batch_size": 8, "optimizer__decay_at": (), "evaluation": None}
+    for folder, smaller in ("whole", 8), ("moved", 2):
+        run(experiment(model, steps=3, microbatch_size=8, **schedule), tmp_path / folder)
+        run(experiment(model, steps=6, microbatch_size=smaller, **schedule), tmp_path / folder)
+    whole, moved = ([row for row in read_rows(tmp_path / folder) if "loss" in row] for folder in ("whole", "moved"))
+    assert [row["step"] for row in moved] == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose([row[name] for row in moved], [row[name] for row in whole], rtol=1e-5)
+    dropped = [row["dropped_share"] for row in moved]
+    assert dropped == [row["dropped_share"] for row in whole]
+    assert min(dropped) > 0
+
+
+@pytest.mark.parametrize(
+    ("mesh", "readers", "complaint"),
+    [("fsdp=8", 1, "no dimension of a parameter"), ("data=8", 3, "virtual_shards=2: must be a multiple of the 3")],
+)
+def test_what_cannot_run_is_refused_before_its_data_are_prepared(tmp_path, monkeypatch, mesh, readers, complaint):
+    monkeypatch.setattr("dsv2_jax.train.loop.Placing", lambda *_: SimpleNamespace(reader=0, readers=readers))
+    small_training.write_text(tmp_path)
+    config = dataclasses.replace(small_training.text_experiment(tmp_path, batch_size=8), mesh=mesh)
+    open_mesh(config)
+    with pytest.raises(ConfigError, match=complaint):
+        train(config, tmp_path / "run", matmul_rate=1e9)
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_may_change_until_there_is_a_checkpoint(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ MESHES = ("data=8", "expert=8", "fsdp=8", "tensor=4,data=2", "expert=4,fsdp=2", 
 MLA = MLAConfig(heads=4, nope_dim=10, rope_dim=8, value_dim=6, kv_latent=16, q_latent=24)
 MODEL = small.change(small.MODEL, dim=16, dense_width=24, vocab_size=48, attention=MLA, moe__expert_width=12)
 DROPPING = small.change(MODEL, moe__dropping=DroppingConfig(capacity_factor=0.7, protected_share=0.5))
+TIED = small.change(MODEL, moe__dropping=DroppingConfig(capacity_factor=0.6, protected_share=0.5))
 GQA = small.change(MODEL, attention=dataclasses.replace(small.GQA, kv_heads=4, heads=8), moe=None, dense_layers=3)
 ROWS, LENGTH = 8, 16
 GAP = 1e-5  # between the scores of the last expert chosen and the next: choices must agree where it is larger
@@ -32,7 +34,10 @@ GAP = 1e-5  # between the scores of the last expert chosen and the next: choices
 
 @functools.cache
 def model_and_batch(config):
-    return small.perturbed(Transformer(config, jax.random.key(0))), small_training.batch(ROWS, 0, 48, LENGTH)
+    model = small.perturbed(Transformer(config, jax.random.key(0)))
+    if config is TIED:  # all affinities are equal
+        model.moe_blocks.ffn.centroids[...] = jnp.zeros_like(model.moe_blocks.ffn.centroids[...])
+    return model, small_training.batch(ROWS, 0, 48, LENGTH)
 
 
 def evaluate(model, batch, dropping: bool):
@@ -58,15 +63,15 @@ def on_mesh(mesh, model, batch):
 @functools.cache
 def alone(config):
     model, batch = model_and_batch(config)
-    return jax.device_get(jax.jit(evaluate, static_argnums=2)(model, batch, config is DROPPING))
+    return jax.device_get(jax.jit(evaluate, static_argnums=2)(model, batch, config in (DROPPING, TIED)))
 
 
 def results(config, text: str):
-    mesh = sharding.make_mesh(text)
+    mesh = sharding.make_mesh(text, jax.devices()[: math.prod(sharding.parse_mesh(text).sizes)])
     sharding.check_mesh(mesh, config, batch_size=ROWS, sequence_length=LENGTH)
     with sharding.use(mesh):
         placed = on_mesh(mesh, *model_and_batch(config))
-        found = jax.jit(evaluate, static_argnums=2)(*placed, config is DROPPING)
+        found = jax.jit(evaluate, static_argnums=2)(*placed, config in (DROPPING, TIED))
     (total, (nll, stats, logits)), gradient = jax.device_get(found)
     if stats is not None:  # rows that crossed between devices: the mesh's own matter
         stats = dataclasses.replace(stats, crossed=alone(config)[0][1][1].crossed)
@@ -81,7 +86,9 @@ def assert_equal_results(found, expected):
         assert_close(other, leaf, 2e-5, jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("text", [pytest.param(text, marks=pytest.mark.slow) for text in MESHES[:3]] + [*MESHES[3:]])
+@pytest.mark.parametrize(
+    "text", [pytest.param(text, marks=pytest.mark.slow) for text in (*MESHES[:3], "data=1")] + [*MESHES[3:]]
+)
 def test_a_mesh_gives_the_numbers_of_one_device(text):
     """Logits, loss, every gradient, loads of all experts: so all choices, whose gaps are wide enough here."""
     assert_equal_results(results(MODEL, text), alone(MODEL))
@@ -158,6 +165,13 @@ def test_rounded_scores_would_be_noticed():
 @pytest.mark.parametrize("text", MESHES)
 def test_a_mesh_drops_the_tokens_that_one_device_drops(text):
     found, expected = results(DROPPING, text), alone(DROPPING)
+    assert np.sum(expected[0][1][1].dropped) > 0
+    assert_equal_results(found, expected)
+
+
+def test_of_equal_affinities_the_later_tokens_drop_on_a_mesh_too():
+    """Later in the sequence, whose columns `context` reorders."""
+    found, expected = results(TIED, "context=4,expert=2"), alone(TIED)
     assert np.sum(expected[0][1][1].dropped) > 0
     assert_equal_results(found, expected)
 

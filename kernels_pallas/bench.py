@@ -33,7 +33,7 @@ SMALL = {
     "grouped": {"lite, 512 tokens": grouped_shapes.Case(512, 6, 16, 64, 512, 352)},
     "latent": {
         "lite, 1024": latent_shapes.Case(16, 1, (1024,) * 4, 64),
-        "lite int8, 1024": latent_shapes.Case(16, 1, (1024,) * 4, 64, dtype="int8"),
+        "lite int8, 1024": latent_shapes.Case(16, 1, (1024,) * 4, 128, dtype="int8"),
     },
 }
 

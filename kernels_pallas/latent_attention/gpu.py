@@ -40,6 +40,8 @@ def unsupported(target: Target, q_BTNC, cache_BSC, offset_B, value_dim, scale) -
     if reason := not_hopper(target):
         return reason
     S, C = cache_BSC.shape[1:]
+    if S % 8:
+        return f"a cache of {S} positions is not cut into pages: make its length a multiple of 8"
     return _unfit(q_BTNC, _page_of(S), C, cache_BSC.dtype, value_dim)
 
 

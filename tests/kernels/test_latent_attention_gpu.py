@@ -176,7 +176,8 @@ def test_widths_beside_those_refused_lower(arguments):
 def test_a_cache_in_one_piece_says_why_too():
     q, offset = array(2, 1, 16, 576), array(2, dtype=jnp.int32)
     assert gpu.unsupported(H200, q, array(2, 1000, 576), offset, 512, 0.1) is None
-    assert "pages of 4" in gpu.unsupported(H200, q, array(2, 1004, 576), offset, 512, 0.1)
+    assert "of 1004 positions" in (reason := gpu.unsupported(H200, q, array(2, 1004, 576), offset, 512, 0.1))
+    assert "make its length a multiple of 8" in reason
     assert "not for NVIDIA A100" in gpu.unsupported(A100, q, array(2, 1000, 576), offset, 512, 0.1)
 
 

@@ -151,14 +151,20 @@ def test_weights_of_one_byte(chip, dtype, which):
     assert program.memory_analysis().temp_size_in_bytes <= 4 << 20  # the visits; no copy of weights, widened or not
 
 
-LATENT = ["v2", "v2 speculative", "v2 prefill chunk", "v2 float8", "v2 lite", "v2 lite int8", "v2 lite int4"]
-
-
-@pytest.mark.parametrize(
-    ("chip", "name"), [*(("v5p", name) for name in LATENT), *((c, n) for c in ("v5e", "v6e") for n in LATENT[::3])]
-)
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", latent_shapes.FULL)
 def test_latent_attention(chip, name):
-    case = latent_shapes.FULL[name]
+    compile_latent_attention(chip, latent_shapes.FULL[name])
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("dtype", "page"), [("bfloat16", 16), ("int8", 128), ("float8_e4m3fn", 128), ("int4", 128)])
+def test_smallest_pages(chip, dtype, page):
+    """And almost all the scalar memory that page table and visits may take: 32768 positions of each row."""
+    compile_latent_attention(chip, latent_shapes.Case(16, 1, (32768,) * (50 if page == 16 else 8), page, dtype=dtype))
+
+
+def compile_latent_attention(chip, case):
     B, P = len(case.lengths), max(case.lengths) // case.page
     is_coded = case.dtype != "bfloat16"
     arguments = [
@@ -210,4 +216,4 @@ def test_a_kernel_beyond_its_budget_is_refused(monkeypatch):
     """So that compiling under VMEM_LIMIT is a check."""
     monkeypatch.setattr(latent_tpu, "VMEM_LIMIT", 2 << 20)
     with pytest.raises(Exception, match=r"(?i)vmem"):
-        test_latent_attention("v5p", "v2 lite")
+        compile_latent_attention("v5p", latent_shapes.FULL["v2 lite"])

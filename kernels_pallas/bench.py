@@ -2,8 +2,9 @@
 
     python -m kernels_pallas.bench --shapes=full --out=results
 
-writes bench.json (FLOPs, bytes, seconds, roofline seconds, share reached) and roofline.png. An implementation that
-cannot run here is listed with its reason. The default on a CPU is --shapes=small.
+writes bench.json (FLOPs, bytes, seconds, roofline seconds, share reached), anew after each measurement, and at the end
+roofline.png. An implementation that cannot run here, or fails to, is listed with its reason. The default on a CPU is
+--shapes=small.
 """
 
 import argparse
@@ -11,12 +12,15 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shlex
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 
 from kernels_pallas.flash_attention import api as flash
 from kernels_pallas.flash_attention import shapes as flash_shapes
@@ -33,7 +37,7 @@ SMALL = {
     "grouped": {"lite, 512 tokens": grouped_shapes.Case(512, 6, 16, 64, 512, 352)},
     "latent": {
         "lite, 1024": latent_shapes.Case(16, 1, (1024,) * 4, 64),
-        "lite int8, 1024": latent_shapes.Case(16, 1, (1024,) * 4, 64, dtype="int8"),
+        "lite int8, 1024": latent_shapes.Case(16, 1, (1024,) * 4, 128, dtype="int8"),
     },
 }
 
@@ -86,9 +90,11 @@ def flash_work(name, case, dtype):
 
 
 def grouped_work(name, case, dtype):
+    """In the tiles that the model takes here; padding rows are no useful work."""
+    case = dataclasses.replace(case, tile=grouped.rows_per_tile(case.tokens * case.choices, case.experts))
     x, (gate, up), weight, layout = grouped_shapes.make_case(case, dtype)
-    live = int(layout.live_tiles)
-    rows, names = live * layout.tile, tuple(grouped.IMPLEMENTATIONS)
+    live, names = int(layout.live_tiles), tuple(grouped.IMPLEMENTATIONS)
+    rows = int(jnp.sum(layout.token_of_row_G < case.tokens))
     used = len(set(layout.expert_of_tile[:live].tolist())) / case.experts  # of the weights, which are read once
     y, product = weight.astype(dtype), 2 * rows * case.dim * case.width
     live_x, live_y = (rows * a.shape[1] * a.dtype.itemsize for a in (x, y))
@@ -154,8 +160,7 @@ def measured_rates(dtype, side: int, repeats: int) -> tuple[float, float]:
     return flops, 2 * _size(big) / seconds(jax.jit(lambda a: a + 1), (big,), repeats)
 
 
-def measure(works, rates, repeats: int) -> list[dict]:
-    rows = []
+def measure(works, rates, repeats: int) -> Iterator[dict]:
     for work in works:
         roofline = max(work.flops / rates[0], work.bytes / rates[1])
         for name in work.implementations:
@@ -167,10 +172,11 @@ def measure(works, rates, repeats: int) -> list[dict]:
                 if "cannot run" not in str(error):
                     raise
                 row["reason"] = str(error)
+            except jax.errors.JaxRuntimeError as error:  # the compiler's, or of a device that has too little memory
+                row["reason"] = f"failed: {error}"[:500]
             shown = f"{row['seconds'] * 1e3:10.3f} ms {row['share']:7.1%}" if "share" in row else row["reason"]
             print(f"{work.op:26} {work.shape:20} {name:11} {shown}", flush=True)
-            rows.append(row)
-    return rows
+            yield row
 
 
 def plot(rows: list[dict], rates, path: pathlib.Path) -> None:
@@ -194,7 +200,7 @@ def plot(rows: list[dict], rates, path: pathlib.Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    on_cpu = target().platform == "cpu"
+    arguments, on_cpu = sys.argv[1:] if arguments is None else arguments, target().platform == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=["small", "full"], default="small" if on_cpu else "full")
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
@@ -206,16 +212,26 @@ def main(arguments: list[str] | None = None) -> None:
     cases, makers = full if args.shapes == "full" else SMALL, [flash_work, grouped_work, latent_work]
     rates = measured_rates(args.dtype, 1024 if on_cpu else 8192, args.repeats)
     print(f"{target().kind}, {args.dtype}: {rates[0] / 1e12:.3f} TFLOP/s, {rates[1] / 1e9:.1f} GB/s measured")
-    rows = []
+    args.out.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": shlex.join(["python", "-m", "kernels_pallas.bench", *arguments]),
+        "device": target().kind,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "runtime": jax.local_devices()[0].client.platform_version,  # of libtpu, or CUDA
+        "date": time.strftime("%Y-%m-%d"),
+        "dtype": args.dtype,
+        "flops_per_second": rates[0],
+        "bytes_per_second": rates[1],
+        "results": (rows := []),
+    }
     for maker, shapes in zip(makers, cases.values()):
         for name, case in shapes.items():
             for work in maker(name, case, args.dtype):
                 kept = tuple(n for n in work.implementations if n != "reference" or args.reference)
-                rows += measure([dataclasses.replace(work, implementations=kept)], rates, args.repeats)
-    args.out.mkdir(parents=True, exist_ok=True)
-    what = {"device": target().kind, "jax": jax.__version__, "date": time.strftime("%Y-%m-%d"), "dtype": args.dtype}
-    record = what | {"flops_per_second": rates[0], "bytes_per_second": rates[1], "results": rows}
-    (args.out / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
+                for row in measure([dataclasses.replace(work, implementations=kept)], rates, args.repeats):
+                    rows.append(row)
+                    (args.out / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(rows, rates, args.out / "roofline.png")
 
 

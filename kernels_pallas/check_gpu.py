@@ -14,7 +14,8 @@ and Lite: a dict
 A case is given here as "op/name"; CASE is a part of that. While they are traced the mesh in force is one H200, which
 is what `select.target()` and `jax.sharding.get_abstract_mesh().abstract_device` (`num_cores`: 132) then say. Every
 Mosaic kernel of a case must use the tensor cores and TMA, and stay within the limits below; a kernel that an earlier
-case compiled is printed there only. Exit code 1: a case breaks a limit or does not compile.
+case compiled is printed there only. Exit code 1: a case breaks a limit or does not compile, or no kernel was seen at
+all, as where a compilation cache hands out programs.
 """
 
 import importlib.util
@@ -119,6 +120,9 @@ def main(parts: list[str]) -> int:
         os.environ.update(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", MOSAIC_GPU_DUMP_TO=folder)
         mesh = hopper_mesh()
         kept = [check(name, case, mesh, Path(folder)) for name, case in chosen.items()]
+        if not any(Path(folder).glob("*.ptxas")):
+            print("FAILED: no kernel was assembled, and so none was checked")
+            return 1
     print(f"{sum(kept)} of {len(kept)} cases keep their limits (jax {jax.__version__}, sm_90a)")
     return 0 if all(kept) else 1
 

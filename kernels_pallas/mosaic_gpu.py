@@ -9,6 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.select import Target
 
 InterpretParams = InterpretGPUParams  # exported by plgpu itself from jax 0.11 on
+_NO_INDEX = (None,) if jax.__version_info__ < (0, 11) else ()  # of plgpu.load, where the reference is indexed before
 WARPGROUP = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
@@ -26,6 +27,11 @@ def multiprocessors() -> int:
     if device := jax.sharding.get_abstract_mesh().abstract_device:
         return device.num_cores if device.platform == "gpu" else 1
     return getattr(jax.local_devices()[0], "core_count", 1)
+
+
+def read(ref, interpret, **options):
+    """From global memory, element by element; a plain index, which the interpreter asks for, takes no options."""
+    return ref[...] if interpret else plgpu.load(ref, *_NO_INDEX, optimized=False, **options)
 
 
 def varying_as(inputs, *outputs: jax.Array) -> list[jax.Array]:

@@ -29,17 +29,34 @@ def _array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
 def operations() -> dict[str, tuple]:
     """Every op's implementations and arguments as its API hands them to `select`, at the shapes of DeepSeek-V2."""
     T, N, K, E, D, F = 4096, 128, 6, 160, 5120, 1536
-    qk, values, latents = _array(1, T, N, 192), _array(1, T, N, 128), _array(8, T, 576)
     layout = jax.eval_shape(lambda e_TK: make_layout(e_TK, E, 128), _array(T, K, dtype=jnp.int32))
-    rows = _array(len(layout.token_of_row_G), D)
-    offset = _array(8, dtype=jnp.int32)
-    flash, latent = flash_attention.IMPLEMENTATIONS, latent_attention.IMPLEMENTATIONS
-    paged, pages, table = latent_attention.PAGED_IMPLEMENTATIONS, _array(512, 64, 640), _array(8, 64, dtype=jnp.int32)
+    rows, offset_B = _array(len(layout.token_of_row_G), D), _array(8, dtype=jnp.int32)
+    q_BTNC = _array(8, 1, N, 576)
+
+    def flash(queries=T, dtype=jnp.bfloat16, offset_B=None):
+        qkv = (_array(8, *sizes, dtype=dtype) for sizes in ((queries, N, 192), (T, N, 192), (T, N, 128)))
+        return flash_attention.IMPLEMENTATIONS, (*qkv, 0.1, None, offset_B)
+
+    def paged(dtype, page):
+        pages, table_BP = _array(8 * T // page, page, 640, dtype=dtype), _array(8, T // page, dtype=jnp.int32)
+        scales = _array(len(pages), 2, page, dtype=jnp.float32) if jnp.dtype(dtype).itemsize == 1 else None
+        return latent_attention.PAGED_IMPLEMENTATIONS, (q_BTNC, pages, table_BP, offset_B, 512, 0.1, scales)
+
+    def grouped(dtype):
+        return grouped_matmul.IMPLEMENTATIONS, (rows, [_array(E, D, F, dtype=dtype)], layout)
+
+    coded = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}
+    latents = q_BTNC, _array(8, T, 576), offset_B, 512, 0.1
     return {
-        "flash_attention": (flash, (qk, qk, values, 0.1, None, None)),
-        "paged_latent_attention": (paged, (_array(8, 1, N, 576), pages, table, offset, 512, 0.1, None)),
-        "latent_attention": (latent, (_array(8, 1, N, 576), latents, offset, 512, 0.1)),
-        "grouped_matmul": (grouped_matmul.IMPLEMENTATIONS, (rows, [_array(E, D, F)], layout)),
+        "flash_attention": flash(),
+        "flash_attention float32": flash(dtype=jnp.float32),
+        "flash_attention over a cache": flash(512, offset_B=offset_B),
+        "flash_attention of one token": flash(1, offset_B=offset_B),
+        "paged_latent_attention": paged(jnp.bfloat16, 64),
+        **{f"paged_latent_attention {x}": paged(dtype, 128) for x, dtype in (coded | {"int4": jnp.int4}).items()},
+        "latent_attention": (latent_attention.IMPLEMENTATIONS, latents),
+        "grouped_matmul": grouped(jnp.bfloat16),
+        **{f"grouped_matmul {x}": grouped(dtype) for x, dtype in coded.items()},
         "token_dispatch": (token_dispatch.IMPLEMENTATIONS, ()),
         "expert_ffn": (expert_ffn.IMPLEMENTATIONS, ()),
     }
@@ -56,13 +73,13 @@ def table() -> list[tuple[str, str, str, str | None]]:
 
 
 def main() -> None:
-    taken = set()
+    taken, ops = set(), operations()
     for op, name, place, reason in table():
-        module = operations()[op][0][name]
+        module = ops[op][0][name]
         first = reason is None and automatic(module, TARGETS[place]) and (op, place) not in taken
         if first:
             taken.add((op, place))
-        print(f"{op:22} {name:12} {place:10} {'automatic' if first else 'yes' if reason is None else 'no: ' + reason}")
+        print(f"{op:30} {name:12} {place:10} {'automatic' if first else 'yes' if reason is None else 'no: ' + reason}")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def generate(
 def generate_tokens(model, prompt_BT, new_tokens: int, sampling: Sampling = GREEDY, seeds_B=None) -> jax.Array:
     """The next `new_tokens` tokens of prompts of one length, [B, new_tokens]: one program, prefill and loop."""
     batch, length = prompt_BT.shape
-    cache = model.init_cache(batch, length + new_tokens - 1)
+    cache = model.init_cache(batch, _round_up(length + new_tokens - 1, 16))  # a length that the kernels can cut up
     if length > 1:
         _, cache = model.decode(prompt_BT[:, :-1], cache)
     keys_B = row_keys(jnp.arange(batch) if seeds_B is None else seeds_B)

@@ -64,17 +64,15 @@ class MLA(nnx.Module):
         """Equations 9 and 10 over expanded keys and values; offset_B as for `flash_attention`."""
         q_BTNH = jnp.concatenate([q_C_BTNH, q_R_BTNP], axis=-1)
         scale = rope.softmax_scale(self.config.qk_dim, self.config.yarn)
+        how = {"scale": scale, "implementation": self.compute.flash_attention}
         if offset_B is None and sharding.axis_size("context") > 1:
 
             def expand(latents_BSC, w, spec):
                 return self.keys_values(latents_BSC, lambda equation, c: project_local(equation, spec, c, w))
 
             names = ("batch", "sequence", None)
-            return parallel.context_attention(
-                q_BTNH, latents_BSC, names, expand, segments_BT, scale=scale, w=self.w_ukv
-            )
+            return parallel.context_attention(q_BTNH, latents_BSC, names, expand, segments_BT, w=self.w_ukv, **how)
         k_BSNH, v_BSNV = self.keys_values(latents_BSC, lambda equation, c: project(equation, c, self.w_ukv))
-        how = {"scale": scale, "implementation": self.compute.flash_attention}
         if offset_B is None:
             return parallel.attention(q_BTNH, k_BSNH, v_BSNV, segments_BT, **how)
         return flash_attention(q_BTNH, k_BSNH, v_BSNV, offset_B=offset_B, **how)

@@ -41,7 +41,7 @@ class GQA(nnx.Module):
         elif sharding.axis_size("context") > 1:
             names = ("batch", "sequence", None, "kv_heads", None)
             o_BTNH = parallel.context_attention(
-                q_BTNH, kv_BSCKH, names, lambda kv, _: (kv[:, :, 0], kv[:, :, 1]), segments_BT, scale=scale
+                q_BTNH, kv_BSCKH, names, lambda kv, _: (kv[:, :, 0], kv[:, :, 1]), segments_BT, **how
             )
         else:
             o_BTNH = parallel.attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, **how)

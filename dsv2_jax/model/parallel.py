@@ -116,7 +116,15 @@ def block_size(length: int, devices: int) -> int:
 
 
 def context_attention(
-    q_BTNH, own, own_names: tuple[str | None, ...], expand, segments_BT, *, scale: float, w: nnx.Param | None = None
+    q_BTNH,
+    own,
+    own_names: tuple[str | None, ...],
+    expand,
+    segments_BT,
+    *,
+    scale: float,
+    implementation: str,
+    w: nnx.Param | None = None,
 ) -> jax.Array:
     """Causal attention where each device holds a zigzag share of every sequence.
 
@@ -126,8 +134,12 @@ def context_attention(
     Args:
       own: [B, T, ...], its dimensions' logical names in own_names.
       expand: (own of whole sequences, local part of w, how w is stored) -> (k_BSKH, v_BSKV). K divides N.
+      implementation: as of `flash_attention`, of which there is one here: blocks of XLA.
       w: a parameter that `expand` needs.
     """
+    if implementation not in ("auto", "xla"):
+        reason = "sequences split over the mesh axis `context` are attended to by blocks of XLA"
+        raise ValueError(f"flash_attention: implementation {implementation!r} cannot run: {reason}")
     mesh, length = sharding.ambient(), q_BTNH.shape[1]
     devices = mesh.shape["context"]
     block = block_size(length, devices)

@@ -31,7 +31,7 @@ def expert_ffn(
       expert_TK: int32, distinct for one token; E for a choice that is not computed.
       most: choices that may be computed; None: all T K. More are the caller's fault, and lost.
       implementation: "composed" is made of the ops token_dispatch and grouped_matmul, whose implementations the last
-        two arguments name; naming one of them asks for it.
+        two arguments name; naming one of them asks for it, and is an error beside another.
     """
     (E, D, F), (T, K) = gate_EDF.shape, expert_TK.shape
     weights_fit = up_EDF.shape == (E, D, F) and down_EFD.shape == (E, F, D)
@@ -41,7 +41,10 @@ def expert_ffn(
     if any(w.dtype != x_TD.dtype for w in (gate_EDF, up_EDF, down_EFD)):
         raise ValueError(f"weights and rows must have one dtype; the rows have {x_TD.dtype}")
     arguments = (x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, expert_TK.size if most is None else most)
-    if implementation == "auto" and (grouped_matmul, token_dispatch) != ("auto", "auto"):
+    if (grouped_matmul, token_dispatch) != ("auto", "auto"):
+        if implementation not in ("auto", "composed"):
+            named = f"grouped_matmul {grouped_matmul!r} and token_dispatch {token_dispatch!r}"
+            raise ValueError(f"expert_ffn: implementation {implementation!r} has no use for {named}: 'composed' has")
         implementation = "composed"
     chosen = select("expert_ffn", implementation, IMPLEMENTATIONS)
     return chosen.expert_ffn(*arguments, *((grouped_matmul, token_dispatch) if chosen is composed else ()))

@@ -23,6 +23,7 @@ def flash_attention(
     Args:
       segments_BT: int32; a query sees only keys of its own segment (packed documents). Needs S = T.
       offset_B: int32; query t of row b stands at key index offset_B[b] + t (a chunk over a cache). None: S = T, at t.
+        The kernels have no gradient then.
     Raises:
       ValueError: the shapes do not fit, or the implementation is unknown or cannot run.
     """

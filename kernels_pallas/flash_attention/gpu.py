@@ -1,7 +1,8 @@
 """Causal attention on Hopper by Mosaic GPU kernels, forward and backward: no score reaches the GPU's main memory.
 
 They take whole blocks (the sequence is padded at its end, where causality hides it). Of packed documents, blocks that
-hold none of a block's own are not computed. The backward pass recomputes the probabilities from the log-sum-exp.
+hold none of a block's own are not computed. The backward pass recomputes the probabilities from the log-sum-exp. A
+chunk of queries over a cache takes the forward kernel, and computes no tile that it does not see.
 """
 
 import functools
@@ -21,8 +22,8 @@ MOST_QK, MOST_VALUE = 192, 128  # for which registers and shared memory suffice
 def unsupported(target: Target, q_BTNH, k_BSKH, v_BSKV, scale=1.0, segments_BT=None, offset_B=None) -> str | None:
     if reason := not_hopper(target):
         return reason
-    if offset_B is not None:
-        return "it has no chunk of queries over a longer cache (offset_B)"
+    if offset_B is not None and q_BTNH.shape[1] < kernels.BLOCK:
+        return f"{q_BTNH.shape[1]} queries over a cache (offset_B): fewer than the {kernels.BLOCK} of a block"
     if any(x.dtype != jnp.bfloat16 for x in (q_BTNH, k_BSKH, v_BSKV)):
         return f"q, k, v of {q_BTNH.dtype}, {k_BSKH.dtype}, {v_BSKV.dtype}: it takes bfloat16"
     for name, width, most in (("query", q_BTNH.shape[-1], MOST_QK), ("value", v_BSKV.shape[-1], MOST_VALUE)):
@@ -48,8 +49,9 @@ def _reach(segments_BT, sign: int) -> tuple[jax.Array, jax.Array]:
 
 
 def flash_attention(q_BTNH, k_BSKH, v_BSKV, scale, segments_BT=None, offset_B=None, interpret=False):
-    attend = functools.partial(_attend, float(scale), interpret)
-    return over_mesh(attend, (q_BTNH, k_BSKH, v_BSKV, segments_BT), ("b.n.", "b.n.", "b.n.", "b."), "b.n.")
+    attend = functools.partial(_attend if offset_B is None else _attend_chunk, float(scale), interpret)
+    last, letters = (segments_BT, "b.") if offset_B is None else (offset_B, "b")
+    return over_mesh(attend, (q_BTNH, k_BSKH, v_BSKV, last), ("b.n.", "b.n.", "b.n.", letters), "b.n.")
 
 
 def _attend(scale, interpret, q_BTNH, k_BTKH, v_BTKV, segments_BT):
@@ -59,6 +61,26 @@ def _attend(scale, interpret, q_BTNH, k_BTKH, v_BTKV, segments_BT):
     if segments_BT is not None:
         segments_BT = jnp.pad(segments_BT.astype(jnp.int32), padding, constant_values=-1)
     return _whole_blocks(scale, interpret, *padded, segments_BT)[:, :T]
+
+
+def _attend_chunk(scale, interpret, q_BTNH, k_BSKH, v_BSKV, offset_B):
+    """A chunk of queries over a cache, forward only.
+
+    A block of queries meets tiles that end where it ends, wherever among the keys that is: zeros, which the marks hide,
+    stand before the first key and after the last.
+    """
+    (B, T), S, block = q_BTNH.shape[:2], k_BSKH.shape[1], kernels.BLOCK
+    offset_B1, first_I = jnp.minimum(offset_B, S)[:, None], jnp.arange(0, T, block)
+    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, -T % block), (0, 0), (0, 0)))
+    around = block, q_BTNH.shape[1]
+    k_BJKH, v_BJKV = (jnp.pad(x, ((0, 0), around, (0, 0), (0, 0))) for x in (k_BSKH, v_BSKV))
+    marks_BT, marks_BJ = jnp.ones(q_BTNH.shape[:2], jnp.int32), jnp.pad(jnp.ones((B, S), jnp.int32), ((0, 0), around))
+    far_BI = first_I // block + 1 + -(-offset_B1 // block)
+    # Marks are needed in a tile that begins before the first key, and in all where the queries stand beyond the last.
+    near_BI = jnp.where(offset_B1 + first_I <= S, far_BI - (offset_B1 % block > 0), 1)
+    chunk = marks_BJ, (block + offset_B1[:, 0]).astype(jnp.int32)
+    segments = marks_BT, *(x.astype(jnp.int32) for x in (far_BI, near_BI))
+    return kernels.forward(q_BTNH, k_BJKH, v_BJKV, segments, scale, interpret, chunk)[0][:, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -25,6 +25,7 @@ STAGES, BACKWARD_STAGES = 2, 3  # tiles in shared memory at once
 LOADER = 2  # the warpgroup that computes nothing
 REGISTERS, LOADER_REGISTERS = 240, 24  # of a thread: 128 x (2 x 240 + 24) fill the register file
 LOG2_E = math.log2(math.e)
+LEAST = -1e30  # a maximum before any score: finite, so that a row that sees nothing of a tile keeps weights of zero
 
 
 def _add_product(total, a, b_ref, interpret, transposed=False, after=lambda: None):
@@ -150,18 +151,25 @@ def _place():
     return (lax.axis_index(name) for name in ("batch", "head", "block", "group"))
 
 
-def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
-    """Returns o_BTNV and log_sum_BNT; exact softmax by a running maximum (FlashAttention-2, arXiv 2307.08691)."""
+def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False, chunk=()):
+    """Returns o_BTNV and log_sum_BNT; exact softmax by a running maximum (FlashAttention-2, arXiv 2307.08691).
+
+    Args:
+      chunk: of queries over longer keys: (the keys' segments, the key each row's first query stands at). Block I then
+        meets tiles that end where its queries end, so many as `segments` say.
+    """
     (B, T, N, H), (K, V), dtype = q_BTNH.shape, v_BTKV.shape[2:], q_BTNH.dtype
     blocks, extra = T // BLOCK, 1 if segments else 0
 
     def attention(q_ref, k_ref, v_ref, *refs):
-        *segment_refs, o_ref, log_sum_ref, q_smem, k_smem, v_smem, row_smem, column_smem, log_sum_smem = refs[:-6]
+        segment_refs, chunk_refs = refs[: len(segments)], refs[len(segments) :][: len(chunk)]
+        o_ref, log_sum_ref, q_smem, k_smem, v_smem, row_smem, column_smem, log_sum_smem = refs[-14:-6]
         q_full, k_full, k_free, v_full, v_free, turn = refs[-6:]
         b, n, i, group = _place()
         i = blocks - 1 - i  # the longest first
         kv_head = n // (N // K)
         far, near = (ref[b, i] for ref in segment_refs[1:]) if segments else (i + 1,) * 2
+        start = i * BLOCK + (chunk_refs[1][b] if chunk else 0)
 
         def take_turns():
             plgpu.barrier_arrive(turn)
@@ -172,12 +180,12 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
             def keys(s):
-                place = pl.ds((i - s) * BLOCK, BLOCK)
-                marks = [(ref.at[b, place], column_smem) for ref in segment_refs[:1]]
+                place = pl.ds(start - s * BLOCK, BLOCK)
+                marks = [(ref.at[b, place], column_smem) for ref in (chunk_refs or segment_refs)[:1]]
                 return [(k_ref.at[b, place, kv_head], k_smem), *marks]
 
             def values(s):
-                return [(v_ref.at[b, pl.ds((i - s) * BLOCK, BLOCK), kv_head], v_smem)]
+                return [(v_ref.at[b, pl.ds(start - s * BLOCK, BLOCK), kv_head], v_smem)]
 
             _stream(far, STAGES, (k_full, k_free, keys), (v_full, v_free, values))
 
@@ -213,7 +221,7 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
                 _release(v_free.at[stage], interpret)
                 return total, new, weight
 
-            zeros = jnp.zeros((ROWS, V), jnp.float32), jnp.full((ROWS,), -jnp.inf), jnp.zeros((ROWS,), jnp.float32)
+            zeros = jnp.zeros((ROWS, V), jnp.float32), jnp.full((ROWS,), LEAST), jnp.zeros((ROWS,), jnp.float32)
             total, largest, weight = _over_tiles(step, zeros, 1, far, near)
             pl.when(group == 0)(take_turns)
             o_ref[b, rows, n] = (total / _of_rows(weight, total.shape)).astype(dtype)
@@ -238,7 +246,7 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False):
         plgpu.Barrier(num_barriers=STAGES, num_arrivals=2),
         plgpu.Barrier(num_arrivals=2),
     ]
-    return _call(attention, out_type, scratch, (B, N, blocks), (*inputs, *segments), interpret)
+    return _call(attention, out_type, scratch, (B, N, blocks), (*inputs, *segments, *chunk), interpret)
 
 
 def _backward_scratch(H: int, V: int, dtype, starts: int, copies: tuple[int, int]) -> list:

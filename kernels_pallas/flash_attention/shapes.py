@@ -52,6 +52,9 @@ def gpu_cases() -> dict[str, tuple]:
     def attention(qkv, segments_BT=None):
         return flash_attention(*qkv, scale=192**-0.5, segments_BT=segments_BT, implementation="gpu")
 
+    def over_cache(qkv, offset_B):
+        return flash_attention(*qkv, scale=192**-0.5, offset_B=offset_B, implementation="gpu")
+
     def gradients(qkv, do_BTNV, segments_BT=None):
         return jax.vjp(lambda *qkv: attention(qkv, segments_BT), *qkv)[1](do_BTNV)
 
@@ -67,6 +70,10 @@ def gpu_cases() -> dict[str, tuple]:
         numbers = 4 * B * N * T  # one per query and head in float32: log-sum-exp, delta, what the kernels make of them
         cases[f"{name} forward"] = attention, (qkv,), 2 * numbers
         cases[f"{name} packed forward"] = attention, (qkv, segments_BT), 2 * numbers
+        # Keys and values with zeros around them: the chunk's length and a block.
+        chunk, around = 512, 2 * B * (T + 512 + 128) * K * (case.qk_dim + case.value_dim)
+        chunk_qkv = array(B, chunk, N, case.qk_dim), *qkv[1:]
+        cases[f"{name} chunk over a cache"] = over_cache, (chunk_qkv, array(B, dtype=jnp.int32)), around + numbers
         cases[f"{name} gradients"] = gradients, (qkv, o_BTNV), 4 * numbers
         cases[f"{name} packed gradients"] = gradients, (qkv, o_BTNV, segments_BT), 4 * numbers
     return cases

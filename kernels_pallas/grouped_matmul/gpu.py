@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.grouped_matmul.differentiable import operations
-from kernels_pallas.mosaic_gpu import WARPGROUP, multiprocessors, not_hopper, varying_as
+from kernels_pallas.mosaic_gpu import WARPGROUP, multiprocessors, not_hopper, read, varying_as
 from kernels_pallas.select import Target
 from kernels_pallas.sharded import free_axes
 from kernels_pallas.tiles import TileLayout
@@ -305,7 +305,7 @@ def _rows(xs, ws, layout, epilogue, outputs, interpret, transposed=False, scales
             def finish(*sums):
                 here = n * columns + mine
                 if scales:
-                    of = (_read(s_ref, (e, pl.ds(here, width)), interpret) for s_ref in scale_refs)
+                    of = (read(s_ref.at[e, pl.ds(here, width)], interpret) for s_ref in scale_refs)
                     sums = [s * lax.broadcast_in_dim(f, s.shape, (1,)) for s, f in zip(sums, of)]
                 row = first * UNIT if scales else (first + wg) * UNIT
                 _write(epilogue(*sums), refs[-outputs:], pl.ds(row, UNIT), here, staging, wg)
@@ -328,11 +328,6 @@ def _rows(xs, ws, layout, epilogue, outputs, interpret, transposed=False, scales
     out = [_output((G, N), interpret)] * outputs
     kernel = _kernel(body, out, "grouped_rows", interpret, 1 + products, **scratch)
     return [y[:, :N] for y in varying_as((*xs, *ws), *kernel(*_blocks(layout, E, units), *xs, *ws, *scales))]
-
-
-def _read(ref, index, interpret):
-    """A vector from the device's memory, which is read element by element; the interpreter knows only `ref[index]`."""
-    return ref[index] if interpret else plgpu.load(ref, index, optimized=False)
 
 
 def _widened(codes):

@@ -33,8 +33,8 @@ def unsupported(target: Target, x_GD, weights, layout) -> str | None:
     if layout.tile % least:
         return f"tiles of {layout.tile} rows are no multiple of {least}, the rows of a register in {x_GD.dtype}"
     widest = max(weights[0].shape[1:])
-    if widest * LANES * x_GD.dtype.itemsize > WEIGHTS:
-        return f"weights {widest} wide: {LANES} columns of them exceed {WEIGHTS >> 20} MiB"
+    if len(weights) * widest * LANES * x_GD.dtype.itemsize > WEIGHTS:
+        return f"{len(weights)} weights {widest} wide: {LANES} columns of them exceed {WEIGHTS >> 20} MiB"
     return None
 
 

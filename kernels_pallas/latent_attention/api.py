@@ -27,6 +27,8 @@ def latent_attention(
 ) -> jax.Array:
     """o_BTNR = softmax(scale q c^T) c[..., :R], softmax in float32 (DeepSeek-V2 report, section 2.1.2, absorbed).
 
+    For decoding: the kernels have no gradient.
+
     Args:
       q_BTNC: absorbed query and rotary query side by side, C = R + P.
       cache_BSC: latent and shared rotary key of each position; the query's own must already be there.
@@ -57,7 +59,9 @@ def paged_latent_attention(
 
     Args:
       pages: [pages, page, C or wider]; lanes beyond C are zeros (640 for C = 576 on TPU). bfloat16 or float32; or int8,
-        int4 or float8_e4m3fn with `scales`. All positions must be finite, those not written yet too.
+        int4 or float8_e4m3fn with `scales`. All positions must be finite, those not written yet too. The kernels take
+        pages of these lengths: on TPU multiples of 16 positions, 128 with scales, that divide 1024; on Hopper 8, 16, 32
+        or multiples of 64, with scales of 64.
       page_table_BP: int32; position s of row b is entry s % page of page page_table_BP[b, s // page]. Entries beyond a
         row's last position may be read, and weigh nothing: they must be valid pages.
       offset_B: as above. Rows may be of any lengths; all have T queries, and those beyond a row's own are garbage.

@@ -5,7 +5,8 @@ scores are computed once, by warpgroup i % 2, which takes the softmax over them 
 other through shared memory; both then add the tile's values, each to its half of the output's columns, so that one's
 softmax hides under the other's products. A third warpgroup copies: the rotary part of a tile and the two halves of its
 latents arrive and are released on their own. Quantised pages it reads itself, ahead, and leaves as bfloat16: the tiles
-fill shared memory. Split over the keys, each part leaves its log-sum-exp, and the parts are combined after.
+fill shared memory. A byte of int4 holds two neighbouring lanes: one goes to each half, and queries and output follow.
+Split over the keys, each part leaves its log-sum-exp, and the parts are combined after.
 """
 
 import functools
@@ -31,15 +32,23 @@ def unsupported_paged(target: Target, q_BTNC, pages, page_table_BP, offset_B, va
         return "the pages lie on several devices: call it inside jax.shard_map"
     if scales is None:
         return _unfit(q_BTNC, pages.shape[1], pages.shape[2], pages.dtype, value_dim)
-    if pages.dtype not in (jnp.int8, jnp.float8_e4m3fn) or pages.shape[1] % KEYS:
-        return f"pages of {pages.shape[1]} {pages.dtype}: must be multiples of {KEYS} int8 or float8_e4m3fn"
-    return _unfit(q_BTNC, pages.shape[1], pages.shape[2], jnp.dtype(jnp.bfloat16), value_dim, lanes=8)
+    _, page, width = pages.shape
+    if pages.dtype not in (jnp.int4, jnp.int8, jnp.float8_e4m3fn):
+        return f"pages of {pages.dtype} with scales: int4, int8 and float8_e4m3fn are read"
+    if page % KEYS:
+        return f"pages of {page} positions in {pages.dtype}: must be a multiple of {KEYS}"
+    if pages.dtype == jnp.int4 and width < value_dim + 2 * ROPE:
+        return f"entries of {width} int4: must have {2 * ROPE} lanes beside the {value_dim} values"
+    lanes = 16 if pages.dtype == jnp.int4 else 8
+    return _unfit(q_BTNC, page, width, jnp.dtype(jnp.bfloat16), value_dim, lanes)
 
 
 def unsupported(target: Target, q_BTNC, cache_BSC, offset_B, value_dim, scale) -> str | None:
     if reason := not_hopper(target):
         return reason
     S, C = cache_BSC.shape[1:]
+    if S % 8:
+        return f"a cache of {S} positions is not cut into pages: make its length a multiple of 8"
     return _unfit(q_BTNC, _page_of(S), C, cache_BSC.dtype, value_dim)
 
 
@@ -70,6 +79,10 @@ def _page_of(S: int) -> int:
     return min(S & -S, KEYS)
 
 
+def _evens_first(x_BMC):
+    return x_BMC.reshape(*x_BMC.shape[:2], -1, 2).swapaxes(2, 3).reshape(x_BMC.shape)
+
+
 def _splits(units: int, pairs: int) -> int:
     """Parts of the keys: what takes the fewest rounds of all multiprocessors, counted in pairs of tiles."""
     cores = multiprocessors()
@@ -85,8 +98,12 @@ def paged_latent_attention(
 ):
     """`splits`: parts of the keys; None: as many as fill the cores."""
     (B, T, N, C), (_, page, width), P, R = q_BTNC.shape, pages.shape, page_table_BP.shape[1], value_dim
-    blocks = -(-T * N // ROWS)
+    blocks, is_packed = -(-T * N // ROWS), pages.dtype == jnp.int4
     q_BMC = jnp.pad(q_BTNC.reshape(B, T * N, C), ((0, 0), (0, blocks * ROWS - T * N), (0, R + ROPE - C)))
+    if is_packed:  # two lanes in a byte: the kernel sees the even lanes first, then the odd ones
+        q_BMC = jnp.concatenate([_evens_first(part) for part in jnp.split(q_BMC, [R], axis=-1)], axis=-1)
+        width //= 2
+        pages = jax.lax.bitcast_convert_type(pages.reshape(-1, page, width, 2), jnp.int8)
     # Blocks of at most KEYS positions, in the order of the positions, to a whole number of pairs of tiles.
     size = min(page, KEYS)
     pairs = -(-P * page // (2 * KEYS))
@@ -106,7 +123,14 @@ def paged_latent_attention(
 
     output = q_BTNC.dtype if splits == 1 else jnp.float32
     o_SUMR, lse_SUM = plgpu.kernel(
-        functools.partial(latent_attention_kernel, heads=N, blocks=blocks, scale=scale, interpret=bool(interpret)),
+        functools.partial(
+            latent_attention_kernel,
+            heads=N,
+            blocks=blocks,
+            scale=scale,
+            is_packed=is_packed,
+            interpret=bool(interpret),
+        ),
         out_type=[
             kernel_output((splits, U, ROWS, R), output, q_BMC, pages),
             kernel_output((splits, U, ROWS), jnp.float32, q_BMC, pages),
@@ -146,6 +170,8 @@ def paged_latent_attention(
     if splits > 1:
         share_SUM = jax.nn.softmax(lse_SUM, axis=0)
         o_UMR = jnp.sum(share_SUM[..., None] * o_SUMR, axis=0).astype(q_BTNC.dtype)
+    if is_packed:
+        o_UMR = o_UMR.reshape(U, ROWS, 2, R // 2).swapaxes(2, 3)
     return o_UMR.reshape(B, blocks * ROWS, R)[:, : T * N].reshape(B, T, N, R)
 
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.mosaic_gpu import read
+
 ROWS = KEYS = ROPE = 64  # rows of a block; keys of a tile; lanes of the rotary part, zeros beyond its width
 CHUNK = 128  # lanes that are de-quantised at once
 _HIDDEN, _LEAST = -1e30, -1e20  # of a score, and of a maximum, so that a row that sees nothing yet has weights of 0
 _REGISTERS = (40, 232), (80, 216)  # of a thread that copies, and that computes; the second where it de-quantises
-_NO_INDEX = (None,) if jax.__version_info__ < (0, 11) else ()  # of plgpu.load, where the reference is indexed before
 _ROPE, _HALF = 0, 1  # barriers of a tile: of the rotary part, then of each half of the latents
 
 
@@ -36,6 +37,7 @@ class _Block(NamedTuple):
     heads: int
     blocks: int  # of a sequence
     scale: float
+    is_packed: bool  # two integers in a byte
     interpret: bool
     offset_ref: Any
     block_ref: Any
@@ -77,22 +79,21 @@ class _Block(NamedTuple):
         return x if self.interpret else plgpu.layout_cast(x, layout)  # the interpreter of JAX 0.10 has no layouts
 
     def read(self, ref, layout):
-        """From global memory; a plain index, which the interpreter of JAX 0.10 asks for, takes no layout."""
-        return ref[...] if self.interpret else plgpu.load(ref, *_NO_INDEX, layout=layout, optimized=False)
+        return read(ref, self.interpret, layout=layout)
 
     def of_rows(self, x_M):
         return self.cast(x_M, plgpu.Layout.WGMMA.reduce(1))
 
 
 def latent_attention_kernel(
-    first_ref, pairs_ref, offset_ref, block_ref, q_ref, pages_ref, *refs, heads, blocks, scale, interpret
+    first_ref, pairs_ref, offset_ref, block_ref, q_ref, pages_ref, *refs, heads, blocks, scale, is_packed, interpret
 ):
     *scales_ref, o_ref, lse_ref = refs[:-11]
     part, unit, group = (jax.lax.axis_index(name) for name in ("part", "unit", "group"))
     sequence = jax.lax.div(unit, jnp.int32(blocks))
     place = part, unit, sequence, first_ref[part, unit], pairs_ref[part, unit]
     memory = offset_ref, block_ref, q_ref, pages_ref, scales_ref, o_ref, lse_ref
-    block = _Block(*place, heads, blocks, scale, interpret, *memory, *refs[-11:])
+    block = _Block(*place, heads, blocks, scale, is_packed, interpret, *memory, *refs[-11:])
     pl.when(group == 2)(functools.partial(_copy, block))
     for w in range(2):
         pl.when(group == w)(functools.partial(_compute, block, w))
@@ -112,6 +113,41 @@ def _across(x_M, like):
 
 def _copied(columns):
     return plgpu.Layout.SMEM_GMEM_COPY((KEYS, columns.size), jnp.bfloat16, 128)
+
+
+def _pieces(block: _Block) -> list:
+    """What is de-quantised at once: (parts it belongs to, columns of the pages, first column of the parts)."""
+    width = math.gcd(block.R // 2, CHUNK)
+    return [
+        ((k,), [pl.ds(lanes.start + at, min(width, lanes.size))], at)
+        for k, lanes in enumerate(block.parts)
+        for at in range(0, lanes.size, width)
+    ]
+
+
+def _packed_pieces(block: _Block) -> list:
+    """The same of two integers a byte: the halves of the latents are its low and its high ones (gpu.py).
+
+    So are the halves of the rotary part, which is read twice: as high ones so that they stand behind the low ones.
+    """
+    first, width = block.R // 2, math.gcd(block.R // 2, CHUNK // 2)
+    rope = (_ROPE,), [pl.ds(first, ROPE), pl.ds(first - ROPE // 2, ROPE)], 0
+    return [rope, *(((_HALF, _HALF + 1), [pl.ds(at, width)], at) for at in range(0, first, width))]
+
+
+def _values(block: _Block, parts, codes) -> list:
+    """float32 of each part's columns, not yet multiplied."""
+
+    if not block.is_packed:
+        return [codes[0].astype(jnp.bfloat16 if codes[0].dtype == jnp.int8 else jnp.float16).astype(jnp.float32)]
+    low, high = codes[0].astype(jnp.int32), codes[-1].astype(jnp.int32)  # bytes have no arithmetic here
+    low = jax.lax.shift_right_arithmetic(jax.lax.shift_left(low, jnp.full_like(low, 28)), jnp.full_like(low, 28))
+    high = jax.lax.shift_right_arithmetic(high, jnp.full_like(high, 4))
+    low, high = low.astype(jnp.float32), high.astype(jnp.float32)
+    if parts != (_ROPE,):
+        return [low, high]
+    column = block.cast(jax.lax.broadcasted_iota(jnp.int32, low.shape, 1), _copied(pl.ds(0, ROPE)))
+    return [jnp.where(column < ROPE // 2, low, high)]
 
 
 # --- the warpgroup that copies ---------------------------------------------------------------------------------------
@@ -138,27 +174,26 @@ def _copy(block: _Block) -> None:
             page = block.pages_ref.at[source, :, block.parts[k]]
             plgpu.copy_gmem_to_smem(page, target, block.loaded.at[3 * slot + k])
 
-    def fetched(j, slot, k, columns):
-        """Columns of part k as values, not yet multiplied, and their scales."""
+    def fetched(j, slot, parts, columns, at):
+        """Columns of the pages as they are stored, and the scales of their part."""
         source = block.block_ref[block.sequence, 2 * (block.first + j) + slot]
         inside = jnp.int32(block.scales_ref[0].shape[2])
-        place = jax.lax.div(source, inside), int(k == _ROPE), jax.lax.rem(source, inside)
-        scale_K = block.read(block.scales_ref[0].at[place], _copied(columns).reduce(1))
-        return block.read(block.pages_ref.at[source, :, columns], _copied(columns)), scale_K
+        place = jax.lax.div(source, inside), int(parts[0] == _ROPE), jax.lax.rem(source, inside)
+        scale_K = block.read(block.scales_ref[0].at[place], _copied(columns[0]).reduce(1))
+        return [block.read(block.pages_ref.at[source, :, c], _copied(c)) for c in columns], scale_K
 
-    def dequantised(j, slot, k, columns, values, scale_K):
-        values = values.astype(jnp.bfloat16 if values.dtype == jnp.int8 else jnp.float16).astype(jnp.float32)
-        values = (values * block.cast(_across(scale_K, values), _copied(columns))).astype(jnp.bfloat16)
-        at = columns.start - block.parts[k].start
-        if at == 0:
-            released(j, slot, k)
-        if k == _ROPE:
-            block.rope_smem[slot] = values
-        else:
-            block.latent_smem[slot, k - _HALF, :, pl.ds(at, columns.size)] = values
-        if at + columns.size == block.parts[k].size:
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(block.loaded.at[3 * slot + k])
+    def dequantised(j, slot, parts, columns, at, codes, scale_K):
+        """Writes columns from `at` on of each of `parts`, whose first wait for the memory, and last hand it over."""
+        size = columns[0].size
+        for k, values in zip(parts, _values(block, parts, codes), strict=True):
+            values = values * block.cast(_across(scale_K, values), _copied(columns[0]))
+            if at == 0:
+                released(j, slot, k)
+            target = block.rope_smem.at[slot] if k == _ROPE else block.latent_smem.at[slot, k - _HALF]
+            target[:, pl.ds(at, size)] = values.astype(jnp.bfloat16)
+            if at + size == block.parts[k].size:
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(block.loaded.at[3 * slot + k])
 
     def copy_pair(j, _):
         for slot in range(2):
@@ -174,13 +209,7 @@ def _copy(block: _Block) -> None:
             dequantised(j, *piece, *here)
         return ahead
 
-    width = math.gcd(R // 2, CHUNK)
-    pieces = [
-        (slot, k, pl.ds(at, min(width, lanes.size)))
-        for slot in range(2)
-        for k, lanes in enumerate(block.parts)
-        for at in range(lanes.start, lanes.start + lanes.size, width)
-    ]
+    pieces = [(slot, *piece) for slot in range(2) for piece in (_packed_pieces if block.is_packed else _pieces)(block)]
     if block.scales_ref:
         jax.lax.fori_loop(0, block.pairs, dequantise_pair, fetched(0, *pieces[0]))
     else:

@@ -36,9 +36,9 @@ _SMALL = {"value_dim": 128, "rope_dim": 16, "lanes": 256}
 CASES = {
     "v2": Case(8, 1, (1, 64, 131), 16, **_SMALL),  # one token; a whole chunk; lengths that divide no page
     "several queries": Case(4, 7, (7, 63, 140), 16, **_SMALL),  # more than one block of them
-    "v2 lite float8": Case(2, 2, (30, 65), 32, dtype="float8_e4m3fn", **_SMALL),
-    "int8": Case(2, 1, (33, 96), 32, dtype="int8", **_SMALL),
-    "int4": Case(2, 1, (65,), 64, dtype="int4", **_SMALL),
+    "v2 lite float8": Case(2, 2, (30, 145), 128, dtype="float8_e4m3fn", **_SMALL),
+    "int8": Case(2, 1, (33, 200), 128, dtype="int8", **_SMALL),
+    "int4": Case(2, 1, (165,), 128, dtype="int4", **_SMALL),
     "ties": Case(2, 1, (50, 128), 16, ties=True, **_SMALL),
 }
 
@@ -94,4 +94,5 @@ def gpu_cases() -> dict[str, tuple]:
         "lite, 4 queries": paged(16, 4, 128, 64, 1),
         "lite, 8 sequences, pages of 16": paged(16, 1, 8, 16, 20),
         "lite int8": paged(16, 1, 128, 128, 20, jnp.int8),
+        "lite int4": paged(16, 1, 128, 128, 20 + 160, jnp.int4),  # the pages, as bytes, may be a copy
     }

@@ -18,7 +18,7 @@ from kernels_pallas.sharded import free_axes, kernel_output
 
 LANES = 128
 VMEM_LIMIT = 48 << 20  # bytes; v5p has 64 MiB, v5e and v6e 128
-SCALARS = 128 << 10  # bytes of page table and visits, in a scalar memory of 1 MiB, where rows are padded
+SCALARS = 512 << 10  # bytes of page table and visits, in a scalar memory of 1 MiB
 CHUNK = 1024  # keys met at once
 ROWS = 512  # queries x heads of a unit
 TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # chips that are one device
@@ -40,20 +40,22 @@ def unsupported(target: Target, q_BTNC, cache_BSC, offset_B, value_dim, scale) -
         return f"a TPU kernel, not for {target.platform}"
     S = cache_BSC.shape[1]
     if not (page := _page_of(S)):
-        return f"a cache of {S} positions is not cut into pages of 16 to {CHUNK} (a power of two)"
-    return _unfit(q_BTNC, page, S // page, cache_BSC.dtype, value_dim)
+        return f"a cache of {S} positions is not cut into pages: make its length a multiple of 16"
+    return _unfit(q_BTNC, page, S // page, cache_BSC.dtype, value_dim, f"a length that is a multiple of {CHUNK}")
 
 
-def _unfit(q_BTNC, page: int, P: int, dtype, value_dim: int) -> str | None:
-    least = 32 // dtype.itemsize
+def _unfit(q_BTNC, page: int, P: int, dtype, value_dim: int, larger_pages="larger pages") -> str | None:
+    least = LANES if dtype.itemsize == 1 else 32 // dtype.itemsize  # scales of coded pages lie along the lanes
     if page % least or CHUNK % page:
-        return f"pages of {page} positions: must be a multiple of {least} and divide {CHUNK}"
+        return f"pages of {page} positions in {dtype}: must be a multiple of {least} and divide {CHUNK}"
     if value_dim % LANES:
         return f"value width {value_dim} is no multiple of {LANES}"
     B, T, N, _ = q_BTNC.shape
-    scalars = 4 * B * (P + 3 * -(-T // _queries(T, N)) * -(-P * page // CHUNK))
-    if scalars > SCALARS:
-        return f"page table and visits take {scalars} bytes of scalar memory, above {SCALARS}: use larger pages"
+    chunks = -(-P * page // CHUNK)
+    visits = 3 * -(-T // _queries(T, N)) * chunks
+    if (scalars := 4 * B * (P + visits)) > SCALARS:
+        remedy = larger_pages if 4 * B * (chunks + visits) <= SCALARS else "fewer rows or queries at once"
+        return f"page table and visits take {scalars} bytes of scalar memory, above {SCALARS}: use {remedy}"
     return None
 
 

@@ -9,9 +9,10 @@ that serve 240, all G = 45056 rows, padding included, 440.
     gradients  each the other's, but for combine's, which scales the gathered rows: 2 x 440 more, and no float32
                [G, D], which `xla` writes and reads at 880 MiB each way.
 
-A Pallas kernel would copy single rows by DMA: 24576 copies of 10 KiB (Lite: 4). In the tiled layout of bfloat16 a row
-is not contiguous, so that combine would need a pass over [G, D] before, 880 MiB, above the 480 it could save, and
-dispatch one after, to save the 400 of reading a token K times. XLA's gathers stay.
+A Pallas kernel would copy single rows by DMA, T K = 24576 copies of 10 KiB (Lite: 4) for each op: it is bound by how
+fast a core issues and awaits copies, not by bytes. And a row is not contiguous: bfloat16 lies in tiles of 8 x 128 with
+rows in pairs, so that combine would need a pass over [G, D] before, 880 MiB, above the 480 it could save, and dispatch
+one after, to save the 400 of reading a token K times. XLA's gathers stay.
 
 On Hopper, as compiled for sm_90 (`xla`; tiles of 64 rows, so that all G = 34816 rows are 340 MiB): each op and each
 gradient is one kernel, masks, gates, casts and the sum over K fused into its gather.

@@ -1,7 +1,8 @@
 """Dispatch and combine on TPU: XLA's gathers, so put that no pass over all rows follows them. Not a Pallas kernel.
 
-A row of bfloat16 is not contiguous in the TPU's layout (tiles of 16 x 128), so that a kernel cannot copy single rows
-without a pass that lays all of them out anew, which costs what it would save. See the package for the count of bytes.
+A kernel would copy single rows, as many as there are choices, and be bound by how fast copies are issued. And a row of
+bfloat16 is not contiguous in the TPU's layout (tiles of 8 x 128, rows in pairs): a pass would lay all of them out anew,
+which costs what it would save. See the package for the count of bytes.
 """
 
 import jax

@@ -1,9 +1,14 @@
 """The check of the Hopper kernels: its limits bite; and every case keeps them, where JAX's CUDA plugin is installed."""
 
 import importlib.util
+import math
+import os
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractMesh, AxisType
 
 from kernels_pallas import check_gpu
@@ -43,6 +48,66 @@ def test_each_limit_bites(defect, limit, tmp_path):
     assert limit in broken
 
 
+class Program:
+    """Stands for a compiled case."""
+
+    def __init__(self, temporaries=0, kernels=1):
+        self.temp_size_in_bytes, self.kernels = temporaries, kernels
+
+    def memory_analysis(self):
+        return self
+
+    def as_text(self):
+        return 'custom_call_target="mosaic_gpu_v2"\n' * self.kernels
+
+
+def checked(folder, monkeypatch, program=None, **dumped):
+    """Whether a case of 10 bytes that compiles to `program`, and leaves the dumps of a kernel, keeps its limits."""
+
+    def compiled(function, arguments, mesh):
+        if program is None:
+            raise RuntimeError("ptxas died")
+        kernel(folder, **dumped)
+        return program
+
+    monkeypatch.setattr(check_gpu, "compiled", compiled)
+    return check_gpu.check("case", (None, (), 10), None, folder)
+
+
+def test_a_case_within_its_limits(tmp_path, monkeypatch, capsys):
+    assert checked(tmp_path, monkeypatch, Program(10))
+    assert "k_0: 168 registers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("program", "dumped", "reason"),
+    [
+        (None, {}, "FAILED to compile: RuntimeError: ptxas died"),
+        (Program(kernels=0), {}, "FAILED: no Mosaic kernel in the program"),
+        (Program(11), {}, "FAILED: temporaries of 11 bytes > 10"),
+        (Program(), {"spills": 68}, "FAILED: k_0: 68 bytes of registers spilt"),
+    ],
+)
+def test_a_case_beyond_its_limits_fails(program, dumped, reason, tmp_path, monkeypatch, capsys):
+    assert not checked(tmp_path, monkeypatch, program, **dumped)
+    assert reason in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_run_that_sees_no_kernel_fails(sees, monkeypatch, capsys):
+    def compiled(function, arguments, mesh):
+        if sees:
+            kernel(Path(os.environ["MOSAIC_GPU_DUMP_TO"]))
+        return Program()
+
+    monkeypatch.setattr(check_gpu, "compiled", compiled)
+    monkeypatch.setattr(check_gpu, "hopper_mesh", lambda: None)
+    for name in ("MOSAIC_GPU_DUMP_TO", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"):
+        monkeypatch.setenv(name, "")  # what `main` sets is taken back
+    assert check_gpu.main(["v2 lite down"]) == (not sees)
+    assert ("FAILED: no kernel was assembled" in capsys.readouterr().out) == (not sees)
+
+
 def test_a_case_that_does_not_exist_fails(capsys):
     assert check_gpu.main(["no such case"]) == 1
     assert "grouped_matmul/v2 down" in capsys.readouterr().out
@@ -60,20 +125,53 @@ def test_cases_are_at_full_size(op):
         assert temporaries >= 0
 
 
+@pytest.fixture
+def on_hopper():
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """Bytes of shared memory that each kernel traced asks for."""
+    found, kernel = [], plgpu.kernel
+
+    def counted(body, *, scratch_types, **options):
+        refs = [x for x in jax.tree.leaves(scratch_types) if getattr(x, "memory_space", None) == plgpu.SMEM]
+        found.append(sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in refs))
+        return kernel(body, scratch_types=scratch_types, **options)
+
+    monkeypatch.setattr(plgpu, "kernel", counted)
+    return found
+
+
+@pytest.mark.parametrize("name", check_gpu.cases())
+def test_scratch_of_full_shapes_fits_the_shared_memory(name, on_hopper, shared):
+    function, arguments, _ = check_gpu.cases()[name]
+    jax.eval_shape(function, *arguments)
+    assert shared
+    assert 64 << 10 < max(shared) <= check_gpu.SHARED_MEMORY
+
+
 LOWERED = ["grouped_matmul/v2 lite swiglu gradients", "grouped_matmul/v2 lite int8 swiglu"]
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in LOWERED else pytest.mark.slow) for name in check_gpu.cases()]
 )
-def test_full_shapes_lower(name):
+def test_full_shapes_lower(name, on_hopper):
     """Down to where the compiler for the chip takes over, which needs none of its packages."""
     function, arguments, _ = check_gpu.cases()[name]
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        program = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    program = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert "@mosaic_gpu" in program
+
+
+@pytest.fixture(scope="session")
+def dumps(tmp_path_factory):
+    """One folder: a kernel is dumped once a process, where the process first compiles it."""
+    return tmp_path_factory.mktemp("dumps")
 
 
 @pytest.mark.slow
@@ -81,7 +179,8 @@ def test_full_shapes_lower(name):
     not IS_INSTALLED, reason="JAX's CUDA plugin is not installed: kernels_pallas/check_gpu.sh brings it"
 )
 @pytest.mark.parametrize("name", check_gpu.cases())
-def test_full_shapes_compile_within_the_limits(name, tmp_path, monkeypatch, capsys):
-    for variable, value in {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_TO": str(tmp_path)}.items():
+def test_full_shapes_compile_within_the_limits(name, dumps, monkeypatch, capsys):
+    for variable, value in {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_TO": str(dumps)}.items():
         monkeypatch.setenv(variable, value)
-    assert check_gpu.check(name, check_gpu.cases()[name], check_gpu.hopper_mesh(), tmp_path), capsys.readouterr().out
+    assert check_gpu.check(name, check_gpu.cases()[name], check_gpu.hopper_mesh(), dumps), capsys.readouterr().out
+    assert any(dumps.glob("*.ptxas"))  # else nothing was looked at

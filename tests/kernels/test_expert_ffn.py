@@ -118,5 +118,8 @@ def test_errors_name_the_shapes():
         expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF.astype(jnp.bfloat16), down_EFD)
     with pytest.raises(ValueError, match="no implementation 'gpu'"):
         expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, implementation="gpu")
+    for named in ({"grouped_matmul": "reference"}, {"token_dispatch": "xla"}):
+        with pytest.raises(ValueError, match="implementation 'xla' has no use for"):
+            expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, implementation="xla", **named)
     with pytest.raises(ValueError, match="grouped_matmul: no implementation 'fast'"):
         expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, grouped_matmul="fast")

@@ -82,6 +82,29 @@ def test_matches_the_reference_with_segments(segments):
     assert_matches(qkv, weight_BTNV, SCALE, jnp.asarray(segments_T, jnp.int32)[None])
 
 
+def assert_chunk_matches(queries, offsets, heads=1, kv_heads=1, S=300):
+    rng, B = np.random.default_rng(0), len(offsets)
+    shapes = (B, queries, heads, 192), (B, S, kv_heads, 192), (B, S, kv_heads, 128)
+    qkv = [jnp.asarray(rng.normal(size=shape), "bfloat16") for shape in shapes]
+    with gpu_interpreter() as interpret:
+        found = gpu.flash_attention(*qkv, SCALE, offset_B=jnp.array(offsets), interpret=interpret)
+        jax.block_until_ready(found)
+    wide = (x.astype(jnp.float32) for x in qkv)
+    assert_close(found, reference.flash_attention(*wide, SCALE, offset_B=jnp.array(offsets)), TOLERANCE["bfloat16"])
+
+
+def test_a_chunk_over_a_cache_matches_the_reference():
+    """Its tiles begin before the first key."""
+    assert_chunk_matches(130, [77])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [0, 128, 170, 290, 300])
+def test_a_chunk_over_a_cache_matches_the_reference_wherever_it_stands(offset):
+    """At the cache's beginning, at a tile's, up to the cache's end, and beyond it: a padded chunk has queries there."""
+    assert_chunk_matches(400 if offset == 290 else 130, [offset, 3], heads=2)
+
+
 QKV = make_case(Case(1, 100, 1, 1, is_packed=False), "bfloat16")[0]
 
 
@@ -143,8 +166,8 @@ def test_documents_in_rising_order_leave_out_every_block_they_can():
     assert near_BI.tolist() == [[1, 0, 2, 1, 1]]
 
 
-def arrays(H=192, V=128, dtype=jnp.bfloat16):
-    return [jax.ShapeDtypeStruct((1, 300, 2, width), dtype) for width in (H, H, V)]
+def arrays(H=192, V=128, T=300, dtype=jnp.bfloat16):
+    return [jax.ShapeDtypeStruct((1, T, 2, width), dtype) for width in (H, H, V)]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +175,7 @@ def arrays(H=192, V=128, dtype=jnp.bfloat16):
     [
         ((Target("tpu", "TPU v5"), *arrays()), "not for tpu"),
         ((A100, *arrays()), "not for NVIDIA A100"),
-        ((H200, *arrays(), 0.1, None, jnp.zeros(1, jnp.int32)), "offset_B"),
+        ((H200, *arrays(T=100), 0.1, None, jnp.zeros(1, jnp.int32)), "100 queries over a cache (offset_B): fewer than"),
         ((H200, *arrays(dtype=jnp.float32)), "takes bfloat16"),
         ((H200, *arrays(H=80)), "query width 80 is no multiple of 64 up to 192"),
         ((H200, *arrays(H=256)), "query width 256"),

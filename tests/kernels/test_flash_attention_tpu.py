@@ -48,6 +48,19 @@ def test_matches_the_reference(case, dtype):
             assert_close(actual, expected[what], TOLERANCE[dtype], what)
 
 
+@pytest.mark.parametrize(("queries", "kv_heads", "dtype"), [(130, 2, "float32"), (256, 1, "bfloat16")])
+def test_a_chunk_over_a_cache_matches_the_reference(queries, kv_heads, dtype):
+    """At the cache's beginning, inside, up to its end, and beyond it, where a padded chunk has queries of nobody."""
+    rng, S, offset_B = np.random.default_rng(0), 300, jnp.array([0, 77, 300 - queries, 290])
+    shapes = (4, queries, 2, 192), (4, S, kv_heads, 192), (4, S, kv_heads, 128)
+    qkv = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    with interpreter() as interpret:
+        out = tpu.flash_attention(*qkv, 0.1, offset_B=offset_B, interpret=interpret)
+    assert out.dtype == dtype
+    expected = reference.flash_attention(*(x.astype(jnp.float32) for x in qkv), 0.1, offset_B=offset_B)
+    assert_close(out, expected, TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("length", [1, 128, 129, 500, 1024, 1100, 4096, 5000])
 def test_blocks_divide_the_padded_length_and_pad_less_than_one(length, monkeypatch):
     monkeypatch.undo()

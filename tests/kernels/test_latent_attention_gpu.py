@@ -24,10 +24,12 @@ CASES = {
     "several queries": (Case(3, 5, (140,), 32, **SMALL), 1),
     "v2": (Case(128, 1, (193,), 64, value_dim=512, rope_dim=64, lanes=576), 1),
     "int8": (Case(2, 1, (140,), 128, dtype="int8", **SMALL), 1),
+    "int4": (Case(2, 1, (140,), 128, dtype="int4", **SMALL), 1),
 }
 MORE = {
     "ties": (Case(2, 1, (300,), 128, ties=True, value_dim=128, rope_dim=64, lanes=192), 1),
     "float8": (Case(16, 2, (70, 333), 64, 512, 64, dtype="float8_e4m3fn"), 2),
+    "v2 lite int4": (Case(16, 2, (70, 333), 64, 512, 64, dtype="int4"), 2),
     "lengths": (Case(8, 1, (1, 64, 131), 64, **SMALL), 2),
     "v2 lite, speculative": (Case(16, 4, (4, 200), 16, value_dim=512, rope_dim=64, lanes=640), 1),
     "very different lengths": (Case(3, 2, (2, 500), 8, **SMALL), 3),
@@ -118,12 +120,10 @@ def paged(page=64, width=576, value_dim=512, C=576, dtype=jnp.bfloat16, pages=jn
     [
         (Target("cpu", "cpu"), paged(), "a Hopper kernel, not for cpu"),
         (A100, paged(), "not for NVIDIA A100"),
-        (
-            H200,
-            paged(pages=jnp.int4, scales=array(64, 2, 64)),
-            "pages of 64 int4: must be multiples of 64 int8 or float8",
-        ),
-        (H200, paged(page=32, pages=jnp.int8, scales=array(64, 2, 32)), "pages of 32 int8: must be multiples of 64"),
+        (H200, paged(pages=jnp.int4, scales=array(64, 2, 64)), "entries of 576 int4: must have 128 lanes"),
+        (H200, paged(page=32, pages=jnp.int8, scales=array(64, 2, 32)), "pages of 32 positions in int8: must be"),
+        (H200, paged(page=32, pages=jnp.int4, scales=array(64, 2, 32)), "pages of 32 positions in int4: must be"),
+        (H200, paged(pages=jnp.float8_e5m2, scales=array(64, 2, 64)), "pages of float8_e5m2 with scales"),
         (H200, paged(dtype=jnp.float32), "queries of float32 and a cache of bfloat16: both must be bfloat16"),
         (H200, paged(page=96), "pages of 96 positions: must be 8, 16, 32 or a multiple of 64"),
         (H200, paged(page=4), "pages of 4 positions"),
@@ -147,6 +147,7 @@ def test_what_does_not_run_says_why(target, arguments, reason):
         paged(page=16, width=640),
         paged(page=256, value_dim=128, C=144),
         paged(page=128, pages=jnp.float8_e4m3fn, scales=array(64, 2, 128)),
+        paged(page=64, width=640, pages=jnp.int4, scales=array(64, 2, 64)),
     ],
 )
 def test_what_runs_says_nothing(arguments):
@@ -159,6 +160,7 @@ def test_what_runs_says_nothing(arguments):
         paged(width=192, value_dim=128, C=144),
         paged(width=640),
         paged(width=200, value_dim=128, C=144, page=64, pages=jnp.int8, scales=array(64, 2, 64)),
+        paged(width=640, page=64, pages=jnp.int4, scales=array(64, 2, 64)),
     ],
 )
 def test_widths_beside_those_refused_lower(arguments):
@@ -176,7 +178,8 @@ def test_widths_beside_those_refused_lower(arguments):
 def test_a_cache_in_one_piece_says_why_too():
     q, offset = array(2, 1, 16, 576), array(2, dtype=jnp.int32)
     assert gpu.unsupported(H200, q, array(2, 1000, 576), offset, 512, 0.1) is None
-    assert "pages of 4" in gpu.unsupported(H200, q, array(2, 1004, 576), offset, 512, 0.1)
+    assert "of 1004 positions" in (reason := gpu.unsupported(H200, q, array(2, 1004, 576), offset, 512, 0.1))
+    assert "make its length a multiple of 8" in reason
     assert "not for NVIDIA A100" in gpu.unsupported(A100, q, array(2, 1000, 576), offset, 512, 0.1)
 
 

@@ -58,7 +58,8 @@ def run(arguments, options, splits=1, interpret=None):
 
 
 @pytest.mark.parametrize(("case", "splits"), [*((case, 1) for case in CASES), ("v2", 2), ("several queries", 2)])
-def test_kernel_matches_numpy(case, splits):
+def test_kernel_matches_numpy(case, splits, monkeypatch):
+    monkeypatch.setattr(tpu, "CHUNK", max(tpu.CHUNK, CASES[case].page))
     arguments, options = make_case(CASES[case], DTYPES[case])
     with interpreter() as interpret:
         out = run(arguments, options, splits, interpret)

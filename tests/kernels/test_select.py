@@ -100,25 +100,34 @@ def test_a_named_one_runs_or_raises_with_its_reason():
         select("op", "d", implementations)
 
 
-# What each implementation says where the table shows a "no". A new "no" without its words here fails the test below.
-NOT_ON = {
-    ("flash_attention", "tpu"): "a TPU kernel, not for",
-    ("flash_attention", "gpu"): "a Hopper kernel",
-    ("latent_attention", "tpu"): "a TPU kernel, not for",
-    ("latent_attention", "gpu"): "a Hopper kernel",
-    ("paged_latent_attention", "tpu"): "a TPU kernel, not for",
-    ("paged_latent_attention", "gpu"): "a Hopper kernel",
-    ("grouped_matmul", "tpu"): "a TPU kernel, not for",
-    ("grouped_matmul", "gpu"): "a Hopper kernel",
-    ("token_dispatch", "tpu"): "phrased for the TPU compiler, not for",
+# What an op's kernels say where the table shows a "no", by name and place: on other platforms, then what their own
+# lacks. A new "no" without its words here fails the test below, and so do words that no cell says.
+ELSEWHERE = {
+    ("tpu", place): "a TPU kernel, not for " + platform
+    for place, platform in {"CPU": "cpu", "Hopper": "gpu", "other GPU": "gpu"}.items()
+} | {
+    ("gpu", "CPU"): "a Hopper kernel, not for cpu",
+    ("gpu", "TPU v5p"): "a Hopper kernel, not for tpu",
+    ("gpu", "other GPU"): "a Hopper kernel (H100, H200, H800, H20, GH200), not for NVIDIA A100-SXM4-40GB",
+}
+DISPATCH = {
+    ("tpu", place): f"phrased for the TPU compiler, not for {platform}"
+    for place, platform in {"CPU": "cpu", "Hopper": "gpu", "other GPU": "gpu"}.items()
+}
+HERE = {
+    "flash_attention float32": {("gpu", "Hopper"): "q, k, v of float32, float32, float32: it takes bfloat16"},
+    "flash_attention of one token": {
+        ("tpu", "TPU v5p"): "1 queries over a cache (offset_B): fewer than the 128 of the smallest block",
+        ("gpu", "Hopper"): "1 queries over a cache (offset_B): fewer than the 128 of a block",
+    },
 }
 
 
-def test_every_unsupported_cell_of_the_table_says_why():
-    said = {(op, name, reason) for op, name, _, reason in support.table() if reason}
-    assert {(op, name) for op, name, _ in said} == set(NOT_ON)
-    for op, name, reason in said:
-        assert NOT_ON[op, name] in reason
+@pytest.mark.parametrize("op", support.operations())
+def test_every_unsupported_cell_of_the_table_says_why(op):
+    elsewhere = {"token_dispatch": DISPATCH, "expert_ffn": {}}.get(op, ELSEWHERE)
+    said = {(name, place): reason for of, name, place, reason in support.table() if reason and of == op}
+    assert said == elsewhere | HERE.get(op, {})
 
 
 def test_the_table_is_printed_and_automatic_is_unique(capsys):
@@ -126,8 +135,12 @@ def test_the_table_is_printed_and_automatic_is_unique(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(support.table())
     assert sum(" automatic" in line for line in lines) == len(support.operations()) * len(support.TARGETS)
-    on_cpu = [line.split()[1] for line in lines if " automatic" in line and " CPU " in line]
+    on_cpu = [line.split(" CPU ")[0].split()[-1] for line in lines if " automatic" in line and " CPU " in line]
     assert on_cpu == ["xla"] * len(support.operations())
+
+
+def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def case(T=256, H=192, V=128, dtype=jnp.bfloat16):
@@ -139,7 +152,7 @@ def case(T=256, H=192, V=128, dtype=jnp.bfloat16):
     [
         (case(V=64), {}, "value width 64 is no multiple of 128"),
         (case(dtype=jnp.float16), {}, "float16"),
-        (case(), {"offset_B": jax.ShapeDtypeStruct((2,), jnp.int32)}, "offset_B"),
+        (case(T=100), {"offset_B": array(2, dtype=jnp.int32)}, r"100 queries over a cache .* fewer than the 128"),
     ],
 )
 def test_flash_attention_on_tpu_falls_back_and_says_why(qkv, options, reason):
@@ -155,10 +168,13 @@ def test_flash_attention_on_tpu_falls_back_and_says_why(qkv, options, reason):
     assert "pallas_call" not in run("auto")
 
 
-def test_flash_attention_on_tpu_is_automatic():
+@pytest.mark.parametrize("options", [{}, {"offset_B": array(2, dtype=jnp.int32)}], ids=str)
+def test_flash_attention_on_tpu_is_automatic(options):
     with jax.sharding.use_abstract_mesh(mesh_of(V5P)):
-        program = str(jax.make_jaxpr(lambda *qkv: flash_attention(*qkv, scale=1.0))(*case()))
-    assert program.count("pallas_call") == 1
+        program = jax.make_jaxpr(lambda *qkv, **options: flash_attention(*qkv, scale=1.0, **options))(
+            *case(), **options
+        )
+    assert str(program).count("pallas_call") == 1
 
 
 def test_a_mesh_axis_that_does_not_divide_leaves_the_axis_whole():
@@ -188,9 +204,6 @@ def test_kernels_and_their_gradients_trace_inside_shard_map(check_vma):
     def local(x_GD, expert_TK, gate, up):
         return grouped_swiglu(x_GD, gate, up, make_layout(expert_TK, 4, 16), implementation="tpu")
 
-    def array(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
     rows, shares = (8 * 2 // 16 + 4) * 16, jax.sharding.PartitionSpec("expert")
     arguments = array(2 * rows, 32), array(16, 2, dtype=jnp.int32), array(8, 32, 16), array(8, 32, 16)
     with jax.sharding.use_abstract_mesh(mesh_of(V5P, expert=2)):
@@ -202,29 +215,52 @@ def test_kernels_and_their_gradients_trace_inside_shard_map(check_vma):
 
 
 @pytest.mark.parametrize(
-    ("tile", "dim", "reason"), [(8, 32, "tiles of 8 rows are no multiple of 16"), (16, 40000, "40000 wide")]
+    ("tile", "dim", "matrices", "reason"),
+    [
+        (8, 32, 1, "tiles of 8 rows are no multiple of 16"),
+        (16, 40000, 1, "1 weights 40000 wide: 128 columns of them exceed 8 MiB"),
+        (16, 20000, 2, "2 weights 20000 wide: 128 columns of them exceed 8 MiB"),
+    ],
 )
-def test_grouped_matmul_on_tpu_says_why(tile, dim, reason):
+def test_grouped_matmul_on_tpu_says_why(tile, dim, matrices, reason):
     layout = jax.eval_shape(lambda e_TK: make_layout(e_TK, 4, tile), jax.ShapeDtypeStruct((8, 2), jnp.int32))
-    x = jax.ShapeDtypeStruct((len(layout.token_of_row_G), dim), jnp.bfloat16)
-    w = jax.ShapeDtypeStruct((4, dim, 16), jnp.bfloat16)
-    assert reason in grouped_tpu.unsupported(V5P, x, [w], layout)
+    x, w = array(len(layout.token_of_row_G), dim), array(4, dim, 16)
+    assert reason in grouped_tpu.unsupported(V5P, x, [w] * matrices, layout)
 
 
 @pytest.mark.parametrize(
-    ("page", "pages", "value_dim", "reason"),
+    ("page", "dtype", "value_dim", "reason"),
     [
-        (24, 4, 512, "pages of 24 positions: must be a multiple of 16 and divide 1024"),
-        (64, 4, 500, "value width 500 is no multiple of 128"),
-        (16, 10000, 512, "use larger pages"),
+        (24, "bfloat16", 512, "pages of 24 positions in bfloat16: must be a multiple of 16 and divide 1024"),
+        (8, "bfloat16", 512, "pages of 8 positions in bfloat16: must be a multiple of 16"),
+        (64, "int8", 512, "pages of 64 positions in int8: must be a multiple of 128"),
+        (64, "int4", 512, "pages of 64 positions in int4: must be a multiple of 128"),
+        (64, "float8_e4m3fn", 512, "pages of 64 positions in float8_e4m3fn: must be a multiple of 128"),
+        (64, "bfloat16", 500, "value width 500 is no multiple of 128"),
     ],
 )
-def test_latent_attention_on_tpu_says_why(page, pages, value_dim, reason):
-    q = jax.ShapeDtypeStruct((4, 1, 16, 576), jnp.bfloat16)
-    pool, table = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((4 * pages, page, 640), (4, pages)))
-    assert reason in latent_tpu.unsupported_paged(V5P, q, pool, table, None, value_dim, 0.1, None)
-    cache = jax.ShapeDtypeStruct((4, 1000, 576), jnp.bfloat16)
-    assert "a cache of 1000 positions" in latent_tpu.unsupported(V5P, q, cache, None, 512, 0.1)
+def test_latent_attention_on_tpu_says_why(page, dtype, value_dim, reason):
+    assert reason in _paged_on_tpu(4, 1, page, 4, dtype, value_dim)
+
+
+def _paged_on_tpu(rows, queries, page, pages, dtype="bfloat16", value_dim=512):
+    q, pool = array(rows, queries, 16, 576), array(rows * pages, page, 640, dtype=jnp.dtype(dtype))
+    return latent_tpu.unsupported_paged(V5P, q, pool, array(rows, pages), None, value_dim, 0.1, None)
+
+
+def test_latent_attention_on_tpu_names_the_remedy():
+    """Larger pages only where they help: not where the visits alone, or the pages' largest size, are too much."""
+    assert "bytes of scalar memory, above 524288: use larger pages" in _paged_on_tpu(4, 1, 16, 40000)
+    assert "use fewer rows or queries at once" in _paged_on_tpu(400, 1, 1024, 400)
+    assert "use fewer rows or queries at once" in _paged_on_tpu(128, 4096, 16, 256)
+    assert _paged_on_tpu(64, 1, 64, 512) is None  # 32768 positions of each of 64 rows
+
+    def in_one_piece(rows, positions):
+        return latent_tpu.unsupported(V5P, array(rows, 1, 16, 576), array(rows, positions, 576), None, 512, 0.1)
+
+    assert "a cache of 191 positions is not cut into pages: make its length a multiple of 16" in in_one_piece(4, 191)
+    assert in_one_piece(4, 192) is None
+    assert "use a length that is a multiple of 1024" in in_one_piece(64, 32768 + 16)
 
 
 def test_tiles_on_tpu_fill_a_register():

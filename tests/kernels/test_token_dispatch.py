@@ -1,12 +1,15 @@
 """Dispatch and combine against NumPy, forward and backward, in random routings with dropped choices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from kernels_pallas.tiles import make_layout
-from kernels_pallas.token_dispatch import combine, dispatch
+from kernels_pallas.token_dispatch import combine, dispatch, tpu, xla
 from oracles.compare import TOLERANCE, assert_close, slope
 
 PORTABLE = ("xla", "reference")  # run on any platform
@@ -105,6 +108,34 @@ def test_there_and_back_is_each_token_times_its_computed_gates(name):
     out_TD = combine(dispatch(x_TD, layout, implementation=name), gates_TK, layout, implementation=name)
     assert_close(out_TD, np.asarray(x_TD) * (np.asarray(gates_TK) * computed_TK).sum(1, keepdims=True))
     assert (np.asarray(out_TD[3]) == 0).all()
+
+
+def shapes_in(jaxpr) -> set[tuple[int, ...]]:
+    """Of all that a program computes, in its loops and calls too."""
+    found = {tuple(v.aval.shape) for equation in jaxpr.eqns for v in equation.outvars}
+    return found.union(*(shapes_in(i) for equation in jaxpr.eqns for i in jaxprs_in_params(equation.params)))
+
+
+def test_nothing_is_made_of_tokens_times_experts():
+    """Neither by the layout nor by dispatch, combine and their gradients."""
+    T, K, E, D = 41, 3, 37, 6  # sizes of nothing else
+
+    def experts(x_TD, gates_TK, expert_TK, implementation, planted):
+        layout = make_layout(expert_TK, E, 16)
+        y_GD = jnp.tanh(implementation.dispatch(x_TD, layout))
+        if planted:
+            gates_TK = gates_TK + jax.nn.one_hot(expert_TK, E).sum(-1)
+        return implementation.combine(y_GD, gates_TK, layout).sum()
+
+    def products(implementation, planted=False):
+        arguments = jnp.ones((T, D)), jnp.ones((T, K)), jnp.zeros((T, K), jnp.int32)
+        gradients = functools.partial(experts, implementation=implementation, planted=planted)
+        shapes = shapes_in(jax.make_jaxpr(jax.value_and_grad(gradients, (0, 1)))(*arguments).jaxpr)
+        assert (T, D) in shapes
+        return [shape for shape in shapes if {E, E + 1} & set(shape) and {T, T * K} & set(shape)]
+
+    assert products(xla) == products(tpu) == []
+    assert (T, K, E) in products(xla, planted=True)
 
 
 def test_errors_name_the_shapes():

@@ -173,6 +173,23 @@ def test_keys_of_heads_that_cross_are_noticed(send, monkeypatch):
             assert_only_latents_cross(gradient)
 
 
+@pytest.mark.parametrize("attention", [CONFIG, small.GQA])
+def test_a_kernel_named_for_sequences_on_several_devices_is_refused(attention):
+    """What is named runs or raises; "auto" and "xla" are what runs."""
+
+    def shape(implementation):
+        model = small.change(MODEL, attention=attention, compute__flash_attention=implementation)
+        with sharding.use(sharding.make_mesh("context=2,data=4")):
+            abstract = jax.eval_shape(functools.partial(Transformer, model), jax.random.key(0))
+            tokens = jax.ShapeDtypeStruct((4, 8), "int32")
+            return jax.eval_shape(lambda model, tokens: model.features(tokens)[0], abstract, tokens).shape
+
+    assert shape("auto") == shape("xla") == (4, 8, MODEL.dim)
+    for name in ("tpu", "gpu", "reference"):
+        with pytest.raises(ValueError, match=f"flash_attention: implementation '{name}' cannot run: sequences split"):
+            shape(name)
+
+
 @pytest.mark.parametrize("text", ["fsdp=4,tensor=2", "data=2,expert=2,context=2", "fsdp=2,context=2,tensor=2"])
 def test_embedding_and_its_gradient_on_a_mesh(text):
     mesh = sharding.make_mesh(text)

@@ -49,6 +49,18 @@ def test_logits_match_the_oracle(name):
     assert_close(out[0, :14], expected[:14], 3e-5)
 
 
+@pytest.mark.parametrize("op", ["flash_attention", "latent_attention", "grouped_matmul"])
+def test_a_kernel_named_in_the_config_runs_or_raises(op):
+    named = change(MODEL, **{f"compute__{op}": "tpu"})
+    abstract = jax.eval_shape(functools.partial(Transformer, named), jax.random.key(0))
+
+    def run(model):
+        return model.decode(tokens()[:, :1], model.init_cache(1, 16)) if "latent" in op else model.features(tokens())
+
+    with pytest.raises(ValueError, match=f"{op}: implementation 'tpu' cannot run: a TPU kernel, not for cpu"):
+        jax.eval_shape(run, abstract)
+
+
 def test_statistics_match_the_oracle():
     _, stats = FEATURES(model("v2"), tokens(), SEGMENTS, POSITIONS)
     _, balance = oracle.features(weights(model("v2").unstacked()), MODEL, tokens()[0], SEGMENTS[0], POSITIONS[0])

@@ -66,18 +66,16 @@ def attention_shapes(B, T, N):
     return [((B, T, N, 192), bf16), ((B, T, N, 192), bf16), ((B, T, N, 128), bf16), ((B, T), jnp.int32)]
 
 
-# Lite on v5e and v6e differs from V2 there by sizes alone: left to the slow tests.
-ON_CHIPS = pytest.mark.parametrize(
+EVERYWHERE = [(chip, model) for chip in CHIPS for model in ("v2", "v2 lite")]
+ON_CHIPS = pytest.mark.parametrize(("chip", "model"), EVERYWHERE)
+# Lite on v5e and v6e differs from V2 there by sizes alone: where compiling takes long it is left to the slow tests.
+OFTEN_ON_V5P = pytest.mark.parametrize(
     ("chip", "model"),
-    [
-        *((chip, "v2") for chip in CHIPS),
-        ("v5p", "v2 lite"),
-        *(pytest.param(chip, "v2 lite", marks=pytest.mark.slow) for chip in ("v5e", "v6e")),
-    ],
+    [pytest.param(*x, marks=pytest.mark.slow if x[0] != "v5p" and x[1] == "v2 lite" else ()) for x in EVERYWHERE],
 )
 
 
-@ON_CHIPS
+@OFTEN_ON_V5P
 def test_flash_attention(chip, model):
     heads = 128 if model == "v2" else 16
     program = compiled(chip, attention_gradients, attention_shapes(1, 4096, heads))
@@ -85,6 +83,21 @@ def test_flash_attention(chip, model):
     # Not even one head's scores of the whole sequence are held; a log-sum-exp is, in 128 lanes.
     assert program.memory_analysis().temp_size_in_bytes <= heads * 4096 * (2 * 192 + 2 * 128 + 4 * 128) * 4
     assert "4096,4096" not in program.as_text()
+
+
+@OFTEN_ON_V5P
+def test_flash_attention_of_a_chunk_over_a_cache(chip, model):
+    N, T, S = 128 if model == "v2" else 16, 512, 4096
+    shapes = [((1, T, N, 192), bf16), ((1, S, N, 192), bf16), ((1, S, N, 128), bf16), ((1,), jnp.int32)]
+
+    def attend(q, k, v, offset):
+        return flash_attention(q, k, v, scale=0.1, offset_B=offset, implementation="tpu")
+
+    program = compiled(chip, attend, shapes)
+    assert kernels(program) == 1
+    # Keys, of 256 lanes, and values laid anew, and once more with the heads first; the queries and the result too.
+    keys = S + 1024
+    assert program.memory_analysis().temp_size_in_bytes <= 2 * N * (2 * keys + 2 * T) * (256 + 128)
 
 
 def test_attention_over_a_mesh_needs_no_communication():
@@ -106,7 +119,7 @@ def ffn_gradients(structure, gates_TK, x_TD, gate, up, down, *leaves):
     return jax.grad(loss, (0, 1, 2, 3))(x_TD, gate, up, down)
 
 
-@ON_CHIPS
+@OFTEN_ON_V5P
 def test_routed_experts(chip, model):
     case = shapes.FULL[model]
     T, K, E, D, F = case.tokens, case.choices, case.experts, case.dim, case.width
@@ -122,19 +135,37 @@ def test_routed_experts(chip, model):
     assert program.memory_analysis().temp_size_in_bytes <= rows * (6 * D + 8 * F) * 2
 
 
-CODED = [
-    (chip, dtype, which)
-    for chip in CHIPS
-    for dtype in ("int8", "float8_e4m3fn")
-    for which in ("grouped_matmul", "grouped_swiglu")
-]
+@pytest.mark.parametrize("chip", CHIPS)
+def test_rows_travel_to_their_experts_and_back_in_few_bytes(chip):
+    """Dispatch holds no more than the tokens and a row of zeros; no row is held in float32 (token_dispatch/tpu.py)."""
+    case = shapes.FULL["v2"]
+    T, K, E, D = case.tokens, case.choices, case.experts, case.dim
+    layout = jax.eval_shape(lambda e_TK: make_layout(e_TK, E, case.tile), jax.ShapeDtypeStruct((T, K), jnp.int32))
+    leaves, structure = jax.tree.flatten(layout)
+    integers, G = [(leaf.shape, leaf.dtype) for leaf in leaves], len(layout.token_of_row_G)
+
+    def there(x_TD, *leaves):
+        return dispatch(x_TD, jax.tree.unflatten(structure, leaves), implementation="tpu")
+
+    def gradients(x_TD, y_GD, gates_TK, dx_GD, dy_TD, *leaves):
+        layout = jax.tree.unflatten(structure, leaves)
+        of_dispatch = jax.vjp(lambda x_TD: dispatch(x_TD, layout, implementation="tpu"), x_TD)[1](dx_GD)
+        of_combine = jax.vjp(lambda *y: combine(*y, layout, implementation="tpu"), y_GD, gates_TK)[1](dy_TD)
+        return *of_dispatch, *of_combine
+
+    program = compiled(chip, there, [((T, D), bf16), *integers])
+    assert program.memory_analysis().temp_size_in_bytes <= 41 << 20
+    arguments = [((T, D), bf16), ((G, D), bf16), ((T, K), jnp.float32), ((G, D), bf16), ((T, D), bf16)]
+    both = compiled(chip, gradients, arguments + integers)
+    assert f"bf16[{G},{D}]" in both.as_text()
+    assert f"f32[{G},{D}]" not in re.sub(r"(?s)\n%?fused_computation.*?\n}", "", program.as_text() + both.as_text())
 
 
-@pytest.mark.parametrize(
-    ("chip", "dtype", "which"), [pytest.param(*x, marks=() if x[0] == "v5p" else pytest.mark.slow) for x in CODED]
-)
-def test_weights_of_one_byte(chip, dtype, which):
-    case, matrices = shapes.FULL["v2"], 1 if which == "grouped_matmul" else 2
+@ON_CHIPS
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("which", ["grouped_matmul", "grouped_swiglu"])
+def test_weights_of_one_byte(chip, model, dtype, which):
+    case, matrices = shapes.FULL[model], 1 if which == "grouped_matmul" else 2
     T, K, E, D, F = case.tokens, case.choices, case.experts, case.dim, case.width
     layout = jax.eval_shape(lambda e_TK: make_layout(e_TK, E, case.tile), jax.ShapeDtypeStruct((T, K), jnp.int32))
     leaves, structure = jax.tree.flatten(layout)
@@ -151,14 +182,20 @@ def test_weights_of_one_byte(chip, dtype, which):
     assert program.memory_analysis().temp_size_in_bytes <= 4 << 20  # the visits; no copy of weights, widened or not
 
 
-LATENT = ["v2", "v2 speculative", "v2 prefill chunk", "v2 float8", "v2 lite", "v2 lite int8", "v2 lite int4"]
-
-
-@pytest.mark.parametrize(
-    ("chip", "name"), [*(("v5p", name) for name in LATENT), *((c, n) for c in ("v5e", "v6e") for n in LATENT[::3])]
-)
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", latent_shapes.FULL)
 def test_latent_attention(chip, name):
-    case = latent_shapes.FULL[name]
+    compile_latent_attention(chip, latent_shapes.FULL[name])
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("dtype", "page"), [("bfloat16", 16), ("int8", 128), ("float8_e4m3fn", 128), ("int4", 128)])
+def test_smallest_pages(chip, dtype, page):
+    """And almost all the scalar memory that page table and visits may take: 32768 positions of each row."""
+    compile_latent_attention(chip, latent_shapes.Case(16, 1, (32768,) * (50 if page == 16 else 8), page, dtype=dtype))
+
+
+def compile_latent_attention(chip, case):
     B, P = len(case.lengths), max(case.lengths) // case.page
     is_coded = case.dtype != "bfloat16"
     arguments = [
@@ -179,10 +216,11 @@ def test_latent_attention(chip, name):
     assert program.memory_analysis().temp_size_in_bytes <= queries * (2 * 640 * 2 + 2 * 2 * (512 + 128) * 4) + (1 << 20)
 
 
-def test_decoding_over_the_cache_of_the_model_copies_it_in_no_step():
+@ON_CHIPS
+def test_decoding_over_the_cache_of_the_model_copies_it_in_no_step(chip, model):
     """In one piece, of 576 lanes. As an argument it has another layout than the kernel reads: a copy in, one out."""
-    B, S, C = 64, 4096, 576
-    arguments = [((B, 1, 128, C), bf16), ((B, S, C), bf16), ((B,), jnp.int32), ((B, 1, C), bf16)]
+    B, S, C, N = 64, 4096, 576, 128 if model == "v2" else 16
+    arguments = [((B, 1, N, C), bf16), ((B, S, C), bf16), ((B,), jnp.int32), ((B, 1, C), bf16)]
 
     def decode(q, cache, offset, entries):
         def step(i, cache_and_o):
@@ -190,12 +228,12 @@ def test_decoding_over_the_cache_of_the_model_copies_it_in_no_step():
             options = {"value_dim": 512, "scale": 0.1, "implementation": "tpu"}
             return cache, latent_attention(q, cache, offset + i, **options)
 
-        return jax.lax.fori_loop(0, 16, step, (cache, jnp.zeros((B, 1, 128, 512), bf16)))
+        return jax.lax.fori_loop(0, 16, step, (cache, jnp.zeros((B, 1, N, 512), bf16)))
 
-    program = compiled("v5p", decode, arguments)
+    program = compiled(chip, decode, arguments)
     assert kernels(program) == 1
     assert len(re.findall(rf"= bf16\[{B},{S},{C}\]\S* copy\(", program.as_text())) == 2
-    queries = B * 128
+    queries = B * N
     held = queries * (2 * 640 * 2 + 2 * 2 * (512 + 128) * 4) + B * S * 640 * 2 + (1 << 20)
     assert program.memory_analysis().temp_size_in_bytes <= held
 
@@ -210,4 +248,4 @@ def test_a_kernel_beyond_its_budget_is_refused(monkeypatch):
     """So that compiling under VMEM_LIMIT is a check."""
     monkeypatch.setattr(latent_tpu, "VMEM_LIMIT", 2 << 20)
     with pytest.raises(Exception, match=r"(?i)vmem"):
-        test_latent_attention("v5p", "v2 lite")
+        compile_latent_attention("v5p", latent_shapes.FULL["v2 lite"])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from dsv2_jax.inference.generate import generate_tokens
 from dsv2_jax.model.cache import make_cache
 from dsv2_jax.model.transformer import Transformer
 from dsv2_jax.presets import V2_LITE
@@ -61,7 +62,19 @@ def test_training_lowers_for_hopper(model, kind):
     assert "@mosaic_gpu" in program
 
 
-def test_decoding_runs_on_kernels(model):
+@pytest.mark.parametrize(("tokens", "attention"), [(1, "latent"), (128, "latent"), (512, "expanded")])
+def test_decoding_and_prefill_run_on_kernels(model, kind, tokens, attention):
+    """A chunk of more tokens than `MLA.longest_absorbed` expands the cache."""
     cache = jax.eval_shape(lambda: make_cache(V2_LITE, 4, 1024, stacked=True))
-    program = jax.make_jaxpr(Transformer.decode)(model, jax.ShapeDtypeStruct((4, 1), jnp.int32), cache)
+    program = jax.make_jaxpr(Transformer.decode)(model, jax.ShapeDtypeStruct((4, tokens), jnp.int32), cache)
+    expanded = {"TPU v5": "splash_mha_fwd", "NVIDIA H200": "attention"}[kind]
+    assert kernels(program) == {"grouped_rows", "paged_latent_attention" if attention == "latent" else expanded}
+
+
+def test_generated_tokens_attend_in_kernels(model):
+    """All of the prompt but its last token is one chunk; the cache's 191 tokens are rounded up to pages."""
+    program = jax.make_jaxpr(functools.partial(generate_tokens, new_tokens=64))(
+        model, jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    )
     assert kernels(program) == {"grouped_rows", "paged_latent_attention"}
+    assert "bf16[2,192,576]" in str(program)

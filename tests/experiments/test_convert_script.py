@@ -18,6 +18,7 @@ from disk import file_size_limit
 import common
 from dsv2_jax import checkpoint
 from dsv2_jax.checkpoint import CheckpointError
+from dsv2_jax.config import ConfigError
 from dsv2_jax.data.tokenizer import Tokenizer
 from dsv2_jax.hf.safetensors import INDEX, Folder
 
@@ -181,9 +182,37 @@ def test_a_full_disk_ends_in_one_line_and_no_load_accepts_it(src, tmp_path, monk
     assert run(monkeypatch, *generating, script="generate") == 0
 
 
+def test_only_where_nothing_is_the_quickstart_is_named(src, tmp_path, monkeypatch, capsys):
+    def said(folder) -> str:
+        assert run(monkeypatch, f"--checkpoint={folder}", "--prompt=a", script="generate") == 2
+        return capsys.readouterr().err
+
+    shutil.copytree(src, tmp_path / "src")
+    os.truncate(tmp_path / "src" / SHARD, 50_000)
+    assert "quickstart" not in said(tmp_path / "src")
+    assert "experiments/quickstart.py" in said(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "experiments/quickstart.py" in said(tmp_path / "empty")
+
+
+def test_a_tokenizer_of_another_model_is_refused_by_name(src, tmp_path):
+    large = tmp_path / "large.json"
+    Tokenizer.train(["some other text, with more words and so more merges"] * 9, 300).save(large)
+    with pytest.raises(ConfigError, match=r"large.json: has \d+ ids, the model's vocabulary 272"):
+        common.open_model(str(src), None, str(large), None)
+    with pytest.raises(ConfigError, match=r"--tokenizer=no/such.json: there is no such file"):
+        common.open_model(str(src), None, "no/such.json", None)
+
+
 def start(*argv, **options) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, argv)], env=environment, text=True, **options)
+
+
+def test_a_reader_that_has_gone_is_no_error(src, tmp_path):
+    process = start("import", src, tmp_path / "new", "--dry-run", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # as `head` does
+    assert (process.stderr.read(), process.wait()) == ("", 0)
 
 
 def test_help_shows_examples_of_both_commands():

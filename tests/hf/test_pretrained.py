@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 
-import httpx
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -103,7 +102,7 @@ def test_tied_embeddings_are_read_for_the_output_matrix_too(tmp_path):
     assert_holds(model, tensors, tied=True)
 
 
-@pytest.mark.parametrize("sizes", [None, dict(fsdp=2, expert=3), dict(tensor=2, expert=2)], ids=str)
+@pytest.mark.parametrize("sizes", [None, dict(fsdp=2, expert=4), dict(tensor=2, expert=2)], ids=str)
 def test_fp8_is_opened_as_what_it_stands_for(tmp_path, sizes):
     """Several blocks of scales, the last not whole, cut by meshes where no block ends."""
     widths = {"hidden_size": 200, "moe_intermediate_size": 150, "n_routed_experts": 12, "num_hidden_layers": 2}
@@ -273,15 +272,14 @@ def test_no_tokenizer_is_taken_from_around_a_run(run, tokenizer, tmp_path):
 
 
 def test_the_tokenizer_of_a_bucket_is_found_too(run, monkeypatch):
-    """epath's local backend under the name of another: the path is never taken for one of this machine's."""
-    backend = epath.backend._OsPathBackend()
-    local = {name: getattr(backend, name) for name in ("open", "exists", "isdir", "listdir")}
+    """epath's backend of local files under the name of another: such a path is never taken for one of this machine."""
+    local = epath.backend.os_backend
 
     class Bucket:
         def __getattr__(self, name):
-            return lambda path, *rest: local[name](str(path).replace("gs://bucket", str(run[0])), *rest)
+            return lambda path, *rest: getattr(local, name)(str(path).replace("gs://bucket", str(run[0])), *rest)
 
-    monkeypatch.setattr(epath.gpath._GPath, "_backend", property(lambda self: Bucket()))
+    monkeypatch.setitem(epath.gpath._PREFIX_TO_BACKEND, "gs", Bucket())
     file = pretrained.find_tokenizer("gs://bucket/checkpoints/3")
     assert str(file) == "gs://bucket/data/tokenizer.json"
     assert pretrained.load_tokenizer(file, 300).encode("transformer")
@@ -331,7 +329,7 @@ def test_a_hub_that_fails_is_one_line(monkeypatch):
         from_pretrained("nobody/nothing")
 
 
-@pytest.mark.parametrize("error", [RuntimeError(), httpx.ConnectError("  "), ValueError("\n")])
+@pytest.mark.parametrize("error", [RuntimeError(), LookupError("  "), ValueError("\n")])
 def test_any_error_of_the_hubs_client_is_one_line(monkeypatch, error):
     def download(*_, **__):
         raise error
@@ -354,9 +352,7 @@ def test_mistakes_name_the_place_and_the_remedy(released, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint here"):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(
-        FolderError, match=r"has a config.json, but neither model.safetensors nor .* nor a checkpoint; .*train"
-    ):
+    with pytest.raises(FolderError, match=r"has a config.json, but neither model.safetensors .*, nor a checkpoint; "):
         from_pretrained(tmp_path)
     broken = published.write_folder(tmp_path / "broken", config, tensors)
     (broken / "config.json").write_text("{")

@@ -1,10 +1,12 @@
 """Chats beside transformers' apply_chat_template (case 6: libraries disagree on BOS; ours puts it, once)."""
 
+import published
 import pytest
 from data import test_chat as chats
 
 from dsv2_jax.data.chat import render
 from dsv2_jax.data.tokenizer import SPECIAL_NAMES, Tokenizer
+from dsv2_jax.hf.convert import export_folder, import_folder
 
 pytestmark = pytest.mark.parity
 TEMPLATE = (
@@ -57,6 +59,28 @@ def test_same_tokens_where_roles_are_tokens(live, tmp_path, template, first, len
     asked = messages[-1]["role"] == "user"
     expected = theirs.apply_chat_template(messages, add_generation_prompt=asked, tokenize=True, return_dict=False)
     assert render(ours, messages, add_generation_prompt=asked).tokens == list(expected)
+
+
+def test_the_tokenizer_of_a_model_trained_here_is_the_same_to_others(live, tmp_path):
+    """Exported: transformers puts BOS once before a text, and writes conversations as `render` does."""
+    from transformers import AutoTokenizer
+
+    config = published.LITE | {"vocab_size": 400}
+    src = published.write_folder(tmp_path / "src", config, published.weights(config))
+    ours = Tokenizer.train(["User: What is it?\n\nAssistant: It is 42.\n\n你好，世界！"] * 30, 400)
+    ours.save(src / "tokenizer.json")
+    import_folder(src, tmp_path / "ours", report=lambda _: None)
+    export_folder(tmp_path / "ours", tmp_path / "out", report=lambda _: None)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("What is it? 你好", "", " \n x"):
+        assert theirs(text)["input_ids"] == [ours.bos, *ours.encode(text)]
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eos)
+    for first, length in (0, 2), (1, 3), (0, 6):
+        asked = TALK[length - 1]["role"] == "user"
+        options = {"add_generation_prompt": asked, "tokenize": True, "return_dict": False}
+        expected = list(theirs.apply_chat_template(TALK[first:length], **options))
+        assert render(ours, TALK[first:length], add_generation_prompt=asked).tokens == expected
 
 
 def test_a_message_that_spells_special_tokens_stays_text(both):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import shutil
 
 import huggingface_hub
@@ -285,13 +286,11 @@ def test_the_tokenizer_of_a_bucket_is_found_too(run, monkeypatch):
     assert pretrained.load_tokenizer(file, 300).encode("transformer")
 
 
-def test_a_tokenizer_of_another_model_is_refused(run, tokenizer, tmp_path):
+def test_a_tokenizer_of_another_model_is_refused(run, tmp_path):
     """JAX would clamp ids that the embedding lacks, and say nothing."""
     here = tmp_path / "run"
     shutil.copytree(run[0], here)
-    Tokenizer.train(["What is a transformer? It is one."] * 9 + ["other words, many"] * 9, 320).save(
-        here / "tokenizer.json"
-    )
+    Tokenizer.train([pathlib.Path(__file__).read_text()], 320).save(here / "tokenizer.json")
     assert Tokenizer.load(here / "tokenizer.json").vocab_size > 300
     with pytest.raises(ConfigError, match=r"tokenizer.json: has 3\d\d ids, the model's vocabulary 300; it is the tok"):
         from_pretrained(here)

@@ -107,6 +107,11 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_g
     return Chat(tokens, response)
 
 
+def answer_space(tokenizer: Tokenizer) -> str:
+    """What the model writes before an answer to `render`ed messages, and is no part of it: a space, or nothing."""
+    return _form(tokenizer.template, tokenizer.names).space
+
+
 @functools.cache
 def _form(template: str | None, names: tuple[str, str]) -> _Form:
     """The form that a chat template writes: it is run on a conversation, with a system message and without."""

@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterable, Sequence
 import jax
 
 from dsv2_jax.config import check
+from dsv2_jax.data import chat
 from dsv2_jax.data.tokenizer import TextStream, Tokenizer
 from dsv2_jax.inference.generate import advance, start
 from dsv2_jax.inference.sampling import GREEDY, Sampling
@@ -40,8 +41,8 @@ def stream(
         last = finished or done == max_new_tokens
         piece = stops.push("".join(map(text.feed, new)) + (text.finish() if last else ""))
         piece += stops.flush() if last else ""
-        if piece and begins_answer:  # with the space that a conversation has after "Assistant:"
-            piece, begins_answer = piece.removeprefix(" "), False
+        if piece and begins_answer:
+            piece, begins_answer = piece.removeprefix(chat.answer_space(tokenizer)), False
         if piece:
             yield piece
         if stops.found or last:

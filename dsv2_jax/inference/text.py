@@ -45,8 +45,10 @@ def generate(
         prefill_chunk=prefill_chunk,
     )
     texts = [tokenizer.decode(row) for row in drawn.tokens]
-    # An answer begins with the space that the text of a conversation has after "Assistant:".
-    return [text if isinstance(prompt, str) else text.removeprefix(" ") for prompt, text in zip(prompts, texts)]
+    return [
+        text if isinstance(prompt, str) else text.removeprefix(chat.answer_space(tokenizer))
+        for prompt, text in zip(prompts, texts)
+    ]
 
 
 def encode(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list[int]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsv2_jax.config import ConfigError
 from dsv2_jax.data.chat import TEMPLATE as TEMPLATE_OF_OURS
-from dsv2_jax.data.chat import render
+from dsv2_jax.data.chat import answer_space, render
 from dsv2_jax.data.tokenizer import ROLE_NAMES, SPECIAL_NAMES, Tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -151,6 +151,7 @@ def spelled(tokenizer, tokens) -> str:
 @pytest.mark.parametrize(("template", "after"), [(V2_5, ""), (CHAT_0628, "\n\n")], ids=["V2.5", "0628"])
 def test_where_roles_are_tokens_the_template_says_so(tmp_path, template, after):
     tokenizer = with_roles(tmp_path, template)
+    assert answer_space(tokenizer) == ""
     chat = render(tokenizer, [SYSTEM, *TALK[:1]], add_generation_prompt=True)
     bos, eos = tokenizer.names
     assert spelled(tokenizer, chat.tokens) == f"{bos}Be brief.{after}{USER}What is 1+1?{ASSISTANT}"

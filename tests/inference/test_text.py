@@ -50,6 +50,12 @@ def test_a_conversation_ends_where_the_assistant_is_to_write(tokenizer, draws):
     assert chat.render(tokenizer, turns).tokens == prompt + draws.answers[0]
 
 
+def test_an_answer_keeps_its_space_where_the_template_writes_none(tokenizer, draws, monkeypatch):
+    draws.answers = [tokenizer.encode(" A length.")]
+    monkeypatch.setattr(chat, "answer_space", lambda tokenizer: "")
+    assert text.generate(None, tokenizer, [QUESTION]) == [" A length."]
+
+
 def test_a_text_keeps_its_spaces_and_loses_its_end_token(tokenizer, draws):
     draws.answers = [[*tokenizer.encode("  is é"), tokenizer.eos], tokenizer.encode(" b")]
     assert text.generate(None, tokenizer, ["a", "b"]) == ["  is é", " b"]

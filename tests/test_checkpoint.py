@@ -256,6 +256,7 @@ def test_another_model_is_an_error_not_damage(intact, tmp_path):
     assert not said
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of reads that failed in other tests
 @pytest.mark.parametrize(
     "error",
     [

@@ -79,9 +79,9 @@ def _chosen(logits_BTE):
     return router.choose(jax.nn.softmax(logits_BTE), MOE)
 
 
-@pytest.mark.parametrize(("factor", "tokens", "budget"), [(1.2, 50, 45), (1.2, 49, 45), (1.1, 80, 66), (1.0, 50, 38)])
+@pytest.mark.parametrize(("factor", "tokens", "budget"), [(1.2, 50, 45), (1.2, 60, 54), (1.6, 50, 60), (1.7, 80, 102)])
 def test_the_budget_is_exact_for_decimal_factors(factor, tokens, budget):
-    """All choices of all tokens are in one group; in float32, 1.2 x 50 x 6 / 8 is a little more than 45."""
+    """All choices are in one group. In float32 some products come out a little larger; which, the compiler decides."""
     moe = dataclasses.replace(MOE, routed_experts=64, experts_per_token=6, groups=8, groups_kept=1)
     moe = dataclasses.replace(moe, dropping=DroppingConfig(capacity_factor=factor))
     logits_BTE = jnp.where(jnp.arange(64) < 8, 9.0, 0.0) + normal(3, 1, 80, 64) / 4

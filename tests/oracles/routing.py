@@ -59,7 +59,7 @@ def keep(scores_TE, chosen_TK, config, capacity_factor, protected=False):
     kept_TK = np.ones((tokens, k), bool)
     if protected:
         return kept_TK
-    share = Decimal(str(capacity_factor)) * tokens * k  # binary 1.2 times 50 x 6 / 8 would not be 45
+    share = Decimal(str(capacity_factor)) * tokens * k  # binary 1.2 times 50 x 6 / 8 need not be 45
     budget = int(share // config.groups) + (share % config.groups > 0)
     per_group = config.routed_experts // config.groups
     for d in range(config.groups):

@@ -36,10 +36,14 @@ def create_state(config: ExperimentConfig, seed: int | jax.Array) -> State:
 
 def new_state(config: ExperimentConfig, mesh: jax.sharding.Mesh | None = None) -> State:
     """The state before the first step, computed under `jit`, each device its part; the same on every mesh."""
+    return make_new_state(config, mesh)(np.uint32(config.train.seed))
+
+
+def make_new_state(config: ExperimentConfig, mesh: jax.sharding.Mesh | None = None):
+    """The jitted function from a seed to the state."""
     less = {"xla_backend_optimization_level": 1}  # it runs once; the default level compiles twice as long
     where = None if mesh is None else sharding.tree_shardings(abstract_state(config), mesh)
-    create = jax.jit(functools.partial(create_state, config), out_shardings=where, compiler_options=less)
-    return create(np.uint32(config.train.seed))
+    return jax.jit(functools.partial(create_state, config), out_shardings=where, compiler_options=less)
 
 
 def abstract_state(config: ExperimentConfig, mesh: jax.sharding.Mesh | None = None) -> State:

@@ -29,21 +29,29 @@ def uncached():
 
 
 @pytest.mark.parametrize(
-    ("preset", "topology", "mesh", "gigabytes"),
+    ("preset", "topology", "mesh", "gigabytes", "bound"),
     [
-        ("v2_lite", "v5p:2x2x2", "expert=8", 36),
-        ("v2_lite", "v5p:2x2x2", "fsdp=8", 36),
-        ("v2", "v5p:4x4x8", "fsdp=16,expert=8", 45),
+        ("v2_lite", "v5p:2x2x2", "expert=8", 36, 36),
+        ("v2_lite", "v5p:2x2x2", "fsdp=8", 36, 38),
+        ("v2", "v5p:4x4x8", "fsdp=16,expert=8", 45, 46),
     ],
 )
-def test_memory_and_traffic_of_a_training_step(monkeypatch, preset, topology, mesh, gigabytes):
+def test_memory_and_traffic_of_a_training_step(monkeypatch, preset, topology, mesh, gigabytes, bound):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     job = Job(presets.get(preset), sharding.parse_mesh(mesh), length=4096)
     made = plan.make_plan(job, hardware.parse_topology(topology))
     assert made.compiled is not None, made.not_compiled
     print(f"\n{preset} on {topology}, {mesh}: compiled in {made.compiled.seconds:.0f} s")
+    print({name: f"{nbytes / 1e9:.2f} GB" for name, nbytes in made.memory.items()}, f"{made.compiled.bound / 1e9:.2f}")
     assert sum(made.memory.values()) <= gigabytes * 1e9
+    assert made.compiled.bound <= bound * 1e9
+    # Of each layer its input is kept, and stacked gradients are there as soon as the first is made.
+    inputs = job.model.moe_layers * job.local_tokens * job.model.dim * 2
+    assert made.memory["activations"] >= inputs
+    assert made.memory["gradients"] >= 0.5 * made.memory["parameters"]
+    assert made.memory["temporaries"] > 0
+    assert not any(one.shape.dims[-2:] == (4096, 4096) for one in made.compiled.largest)  # no scores of a sequence
     if preset == "v2_lite":  # 12 bytes a parameter: nothing is held twice
         assert made.memory["parameters"] + made.memory["optimizer"] <= 23.7e9
     assert made.compiled.program.wire_bytes <= 1.3 * made.estimate.wire_bytes

@@ -189,7 +189,7 @@ def test_microbatches_send_and_multiply_as_often_and_hold_the_sum_of_gradients()
 def test_a_compiled_step_of_microbatches_counts_them_all():
     one, three = (plan.compile_training(job("data=2,fsdp=4", DENSE, microbatches=n), jax.devices()[:8]) for n in (1, 3))
     scattered = [each.program.by_kind()["all-to-all"]["wire_bytes"] for each in (one, three)]
-    assert scattered[1] == 3 * scattered[0] > 0  # gathers can be fewer: XLA keeps one layer's
+    assert scattered[1] == 3 * scattered[0] > 0  # gathers can be fewer: XLA may keep those of one layer
     assert three.program.flops == pytest.approx(3 * one.program.flops)
     assert three.memory["gradients"] >= one.memory["parameters"]
     assert three.memory["other arguments"] > one.memory["other arguments"]

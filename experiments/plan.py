@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = common.parse_arguments(parser, argv)
     for name in ("seq", "batch_per_device", "microbatches"):
-        if (getattr(arguments, name) or 1) < 1:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive")
     if bool(arguments.mesh) == arguments.search:
         parser.error("give either --mesh=... or --search")

@@ -7,7 +7,7 @@ of the sequences protected.
 Expected, with the report's data: MMLU 78.5 (5-shot), Pile test 0.606 bits per byte.
 
 The data are yours: --config.data.sources.0.paths='/corpus/*.parquet'. The 128 sequences computed at once are one for
-each device of v5p:4x4x8 (32 processes) with --config.mesh=fsdp=16,expert=8.
+each device of v5p:4x4x8 with --config.mesh=fsdp=16,expert=8, in 32 processes.
 """
 
 from ml_collections import ConfigDict

@@ -164,7 +164,7 @@ def renumber(file):
         (lambda file: file.update(pre_tokenizer=None), "loses text"),
         (lambda file: file.update(pre_tokenizer={"type": "Whitespace"}), "loses text"),
         (lambda file: file["model"]["vocab"].update({",": 0}), "gives one id to several tokens"),
-        (renumber, "a token of id 4000000000, beyond any vocabulary"),
+        (renumber, "has a token of id 4000000000; a vocabulary has less"),
         # The library panics, reading the one and encoding with the other: what Rust raises then is no Exception.
         (
             lambda file: file.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),

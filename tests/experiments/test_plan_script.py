@@ -108,6 +108,8 @@ def test_errors_name_the_remedy(arguments, complaint):
     [
         ([], "give either --mesh=... or --search"),
         (["--mesh=fsdp=8", "--microbatches=0"], "--microbatches must be positive"),
+        (["--mesh=fsdp=8", "--batch-per-device=0"], "--batch-per-device must be positive"),
+        (["--mesh=fsdp=8", "--seq=0"], "--seq must be positive"),
         (["--mesh=fsdp=8", "--microbatches=2", "--decode"], "a decoding step has none"),
     ],
 )

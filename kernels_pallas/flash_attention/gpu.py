@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.flash_attention import gpu_kernels as kernels
+from kernels_pallas.flash_attention.chunk import laid_to_end
 from kernels_pallas.mosaic_gpu import not_hopper
 from kernels_pallas.select import Target
 from kernels_pallas.sharded import over_mesh
@@ -64,23 +65,17 @@ def _attend(scale, interpret, q_BTNH, k_BTKH, v_BTKV, segments_BT):
 
 
 def _attend_chunk(scale, interpret, q_BTNH, k_BSKH, v_BSKV, offset_B):
-    """A chunk of queries over a cache, forward only.
-
-    A block of queries meets tiles that end where it ends, wherever among the keys that is: zeros, which the marks hide,
-    stand before the first key and after the last.
-    """
+    """A chunk of queries over a cache, forward only: a block meets the tiles from its own back to the first key's."""
     (B, T), S, block = q_BTNH.shape[:2], k_BSKH.shape[1], kernels.BLOCK
-    offset_B1, first_I = jnp.minimum(offset_B, S)[:, None], jnp.arange(0, T, block)
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, -T % block), (0, 0), (0, 0)))
-    around = block, q_BTNH.shape[1]
-    k_BJKH, v_BJKV = (jnp.pad(x, ((0, 0), around, (0, 0), (0, 0))) for x in (k_BSKH, v_BSKV))
-    marks_BT, marks_BJ = jnp.ones(q_BTNH.shape[:2], jnp.int32), jnp.pad(jnp.ones((B, S), jnp.int32), ((0, 0), around))
+    queries = q_BTNH.shape[1]
+    k_BJKH, v_BJKV, marks_BJ = laid_to_end(k_BSKH, v_BSKV, offset_B, queries, S + -S % block + queries)
+    offset_B1, first_I = jnp.minimum(offset_B, S)[:, None], jnp.arange(0, queries, block)
     far_BI = first_I // block + 1 + -(-offset_B1 // block)
     # Marks are needed in a tile that begins before the first key, and in all where the queries stand beyond the last.
     near_BI = jnp.where(offset_B1 + first_I <= S, far_BI - (offset_B1 % block > 0), 1)
-    chunk = marks_BJ, (block + offset_B1[:, 0]).astype(jnp.int32)
-    segments = marks_BT, *(x.astype(jnp.int32) for x in (far_BI, near_BI))
-    return kernels.forward(q_BTNH, k_BJKH, v_BJKV, segments, scale, interpret, chunk)[0][:, :T]
+    segments = jnp.ones((B, queries), jnp.int32), *(x.astype(jnp.int32) for x in (far_BI, near_BI))
+    return kernels.forward(q_BTNH, k_BJKH, v_BJKV, segments, scale, interpret, marks_BJ)[0][:, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -151,25 +151,25 @@ def _place():
     return (lax.axis_index(name) for name in ("batch", "head", "block", "group"))
 
 
-def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False, chunk=()):
+def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False, marks_BS=None):
     """Returns o_BTNV and log_sum_BNT; exact softmax by a running maximum (FlashAttention-2, arXiv 2307.08691).
 
     Args:
-      chunk: of queries over longer keys: (the keys' segments, the key each row's first query stands at). Block I then
-        meets tiles that end where its queries end, so many as `segments` say.
+      marks_BS: segments of the keys, of which there are more than queries, by whole BLOCKs: the last query stands at
+        the last key. None: they are the queries' own.
     """
     (B, T, N, H), (K, V), dtype = q_BTNH.shape, v_BTKV.shape[2:], q_BTNH.dtype
-    blocks, extra = T // BLOCK, 1 if segments else 0
+    blocks, extra, before = T // BLOCK, 1 if segments else 0, k_BTKH.shape[1] - T
+    of_keys = () if marks_BS is None else (marks_BS,)
 
     def attention(q_ref, k_ref, v_ref, *refs):
-        segment_refs, chunk_refs = refs[: len(segments)], refs[len(segments) :][: len(chunk)]
+        segment_refs, mark_refs = refs[: len(segments)], refs[len(segments) :][: len(of_keys)]
         o_ref, log_sum_ref, q_smem, k_smem, v_smem, row_smem, column_smem, log_sum_smem = refs[-14:-6]
         q_full, k_full, k_free, v_full, v_free, turn = refs[-6:]
         b, n, i, group = _place()
         i = blocks - 1 - i  # the longest first
         kv_head = n // (N // K)
         far, near = (ref[b, i] for ref in segment_refs[1:]) if segments else (i + 1,) * 2
-        start = i * BLOCK + (chunk_refs[1][b] if chunk else 0)
 
         def take_turns():
             plgpu.barrier_arrive(turn)
@@ -180,12 +180,12 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False, chunk=()):
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
             def keys(s):
-                place = pl.ds(start - s * BLOCK, BLOCK)
-                marks = [(ref.at[b, place], column_smem) for ref in (chunk_refs or segment_refs)[:1]]
+                place = pl.ds(before + (i - s) * BLOCK, BLOCK)
+                marks = [(ref.at[b, place], column_smem) for ref in (mark_refs or segment_refs)[:1]]
                 return [(k_ref.at[b, place, kv_head], k_smem), *marks]
 
             def values(s):
-                return [(v_ref.at[b, pl.ds(start - s * BLOCK, BLOCK), kv_head], v_smem)]
+                return [(v_ref.at[b, pl.ds(before + (i - s) * BLOCK, BLOCK), kv_head], v_smem)]
 
             _stream(far, STAGES, (k_full, k_free, keys), (v_full, v_free, values))
 
@@ -246,7 +246,7 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False, chunk=()):
         plgpu.Barrier(num_barriers=STAGES, num_arrivals=2),
         plgpu.Barrier(num_arrivals=2),
     ]
-    return _call(attention, out_type, scratch, (B, N, blocks), (*inputs, *segments, *chunk), interpret)
+    return _call(attention, out_type, scratch, (B, N, blocks), (*inputs, *segments, *of_keys), interpret)
 
 
 def _backward_scratch(H: int, V: int, dtype, starts: int, copies: tuple[int, int]) -> list:

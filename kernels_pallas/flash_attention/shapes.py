@@ -70,10 +70,12 @@ def gpu_cases() -> dict[str, tuple]:
         numbers = 4 * B * N * T  # one per query and head in float32: log-sum-exp, delta, what the kernels make of them
         cases[f"{name} forward"] = attention, (qkv,), 2 * numbers
         cases[f"{name} packed forward"] = attention, (qkv, segments_BT), 2 * numbers
-        # Keys and values with zeros around them: the chunk's length and a block.
-        chunk, around = 512, 2 * B * (T + 512 + 128) * K * (case.qk_dim + case.value_dim)
-        chunk_qkv = array(B, chunk, N, case.qk_dim), *qkv[1:]
-        cases[f"{name} chunk over a cache"] = over_cache, (chunk_qkv, array(B, dtype=jnp.int32)), around + numbers
+        # Keys and values laid anew, with room for the chunk.
+        chunk_qkv, laid = (
+            (array(B, 512, N, case.qk_dim), *qkv[1:]),
+            2 * B * (T + 512) * K * (case.qk_dim + case.value_dim),
+        )
+        cases[f"{name} chunk over a cache"] = over_cache, (chunk_qkv, array(B, dtype=jnp.int32)), laid + numbers
         cases[f"{name} gradients"] = gradients, (qkv, o_BTNV), 4 * numbers
         cases[f"{name} packed gradients"] = gradients, (qkv, o_BTNV, segments_BT), 4 * numbers
     return cases

@@ -1,8 +1,8 @@
 """Causal attention on TPU by the splash kernels bundled with JAX, forward and backward: no score reaches HBM.
 
 They take no scale (the queries are scaled before), whole blocks only (the sequence is padded at its end, where
-causality hides it), and one row at a time (vmapped). A chunk of queries over a cache, forward only, is made causal by
-laying each row's keys so that those of the chunk come last: all blocks before are computed, seen or not.
+causality hides it), and one row at a time (vmapped). Of a chunk of queries over a cache, forward only, all blocks
+before it are computed, seen or not.
 """
 
 import functools
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from kernels_pallas.flash_attention.chunk import laid_to_end
 from kernels_pallas.select import Target
 from kernels_pallas.sharded import over_mesh
 
@@ -74,11 +75,8 @@ def _attend_chunk(q_BTNH, k_BSKH, v_BSKV, offset_B, interpret):
     block_kv = block_q * (BLOCK_KV // block_q)
     queries = -(-T // block_q) * block_q
     keys = -(-(S + queries) // block_kv) * block_kv
-    # The key that query t stands at is key keys - queries + t of the new order.
-    place_BJ = jnp.minimum(offset_B, S)[:, None] + jnp.arange(queries - keys, queries)
-    row_B1, held_BJ = jnp.arange(B)[:, None], (place_BJ >= 0) & (place_BJ < S)
-    k_BJKH, v_BJKV = (x[row_B1, jnp.clip(place_BJ, 0, S - 1)] for x in (k_BSKH, v_BSKV))
-    segments = splash.SegmentIds(jnp.ones((B, queries), jnp.int32), held_BJ.astype(jnp.int32))
+    k_BJKH, v_BJKV, marks_BJ = laid_to_end(k_BSKH, v_BSKV, offset_B, queries, keys)
+    segments = splash.SegmentIds(jnp.ones((B, queries), jnp.int32), marks_BJ)
     sizes = splash.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=block_q)
     return _splash(_padded(q_BTNH, queries), k_BJKH, v_BJKV, segments, sizes, interpret)[:, :T]
 

@@ -85,6 +85,13 @@ class Arrays:
         if then:
             then()
 
+    def settle(self) -> None:
+        """Wait until nothing is being written, whatever becomes of it: after an error, nothing of it may come later."""
+        if self._writing is not None:
+            (future, *_), self._writing = self._writing, None
+            with contextlib.suppress(Exception):
+                future.result()
+
     def write_names(self, names: list[Names]) -> None:
         """The document by which Orbax finds the arrays, as nested dicts."""
         value = {"value_type": "jax.Array", "skip_deserialize": False}

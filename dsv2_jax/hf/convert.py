@@ -282,17 +282,20 @@ def _write_arrays(
         journal.add({"entry": number, "sum": word_sum_})
         advance(sizes[number])
 
-    for number, entry in enumerate(entries):
-        if number in done:
-            continue
-        pieces, added = list(_pieces(entry, *_rows(entry, kinds[entry.target]))), 0
-        for piece in pieces:
-            values = mapping.read_finite(entry, folder, piece, kinds[entry.target])
-            added += word_sum(values)
-            then = functools.partial(finished, number, added) if piece is pieces[-1] else None
-            arrays.write(entry.target, (*entry.index, *piece), values, then)
-        sums["/".join(entry.target)] += added
-    arrays.flush()
+    try:
+        for number, entry in enumerate(entries):
+            if number in done:
+                continue
+            pieces, added = list(_pieces(entry, *_rows(entry, kinds[entry.target]))), 0
+            for piece in pieces:
+                values = mapping.read_finite(entry, folder, piece, kinds[entry.target])
+                added += word_sum(values)
+                then = functools.partial(finished, number, added) if piece is pieces[-1] else None
+                arrays.write(entry.target, (*entry.index, *piece), values, then)
+            sums["/".join(entry.target)] += added
+        arrays.flush()
+    finally:
+        arrays.settle()
     return {name: value % 2**32 for name, value in sums.items()}
 
 

@@ -361,6 +361,33 @@ def test_a_stopped_import_is_no_checkpoint_and_goes_on(tmp_path, monkeypatch):
     assert_holds(ours, values)
 
 
+def test_a_stopped_import_waits_for_what_is_being_written(tmp_path, monkeypatch):
+    """Or it would come into the folder after another import has begun there anew."""
+    begun, ended, write_piece = [], [], arrays.Arrays.write
+
+    class Watched:
+        def __init__(self, future):
+            self.future = future
+            begun.append(self)
+
+        def result(self):
+            ended.append(self)
+            return self.future.result()
+
+    def watched(self, *arguments):
+        write_piece(self, *arguments)
+        future, *rest = self._writing
+        self._writing = Watched(future), *rest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays.Arrays, "write", watched)
+        stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            convert.import_folder(write(tmp_path / "src"), tmp_path / "ours")
+    assert len(begun) == 5
+    assert ended == begun
+
+
 def test_another_source_begins_anew(tmp_path, monkeypatch):
     ours, counts = tmp_path / "ours", []
     with monkeypatch.context() as patch:

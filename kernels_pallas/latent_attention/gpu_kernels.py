@@ -185,12 +185,14 @@ def _copy(block: _Block) -> None:
     def dequantised(j, slot, parts, columns, at, codes, scale_K):
         """Writes columns from `at` on of each of `parts`, whose first wait for the memory, and last hand it over."""
         size = columns[0].size
-        for k, values in zip(parts, _values(block, parts, codes), strict=True):
-            values = values * block.cast(_across(scale_K, values), _copied(columns[0]))
+        scale_KL = block.cast(jax.lax.broadcast_in_dim(scale_K, (KEYS, size), [0]), _copied(columns[0]))
+        # Rounded before the wait, which would hold twice the registers otherwise.
+        rounded = [(values * scale_KL).astype(jnp.bfloat16) for values in _values(block, parts, codes)]
+        for k, values in zip(parts, rounded, strict=True):
             if at == 0:
                 released(j, slot, k)
             target = block.rope_smem.at[slot] if k == _ROPE else block.latent_smem.at[slot, k - _HALF]
-            target[:, pl.ds(at, size)] = values.astype(jnp.bfloat16)
+            target[:, pl.ds(at, size)] = values
             if at + size == block.parts[k].size:
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(block.loaded.at[3 * slot + k])

@@ -67,9 +67,6 @@ def main() -> None:
     if mesh is not None:
         sharding.check_batch(mesh, flags.batch, flags.seq)
     model, tokenizer = common.open_model(flags.checkpoint, flags.dtype, flags.tokenizer, mesh)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
-        raise ConfigError(f"--tokenizer: it has {sizes}; name the model's own")
     if mesh is not None:
         sharding.check_mesh(mesh, model.config)
     batches = itertools.islice(read_batches(source, tokenizer, flags.batch, flags.seq), flags.batches)

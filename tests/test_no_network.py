@@ -16,4 +16,5 @@ def test_another_machine_is_out_of_reach(address):
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_this_machine_is_in_reach(host):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        socket.create_connection((host, server.getsockname()[1])).close()
+        with socket.create_connection((host, server.getsockname()[1])) as connection:
+            assert connection.getpeername() == server.getsockname()

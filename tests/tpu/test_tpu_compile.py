@@ -96,10 +96,9 @@ def test_flash_attention_of_a_chunk_over_a_cache(chip, model):
     program = compiled(chip, attend, shapes)
     assert kernels(program) == 1
     # Keys, of 256 lanes, and values are laid anew, and once more with the heads first; the queries and the result too.
-    # For Lite's few heads the compiler takes 9% beyond that; scores in float32, 168 MB, would not fit in a third copy.
-    keys = S + 1024
-    copies = 2 if model == "v2" else 3
-    assert program.memory_analysis().temp_size_in_bytes <= 2 * N * (copies * keys + 2 * T) * (256 + 128)
+    # Lite's keys, as an argument, have another layout than is gathered from: a copy more.
+    keys, copied = S + 1024, S * 256 if model == "v2 lite" else 0
+    assert program.memory_analysis().temp_size_in_bytes <= 2 * N * ((2 * keys + 2 * T) * (256 + 128) + copied)
     assert not re.findall(r"512,(4096|4608|5120)\]", program.as_text())
 
 
@@ -188,17 +187,19 @@ def test_weights_of_one_byte(chip, model, dtype, which):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("name", latent_shapes.FULL)
 def test_latent_attention(chip, name):
-    compile_latent_attention(chip, latent_shapes.FULL[name])
+    assert_latent_attention_compiles(chip, latent_shapes.FULL[name])
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(("dtype", "page"), [("bfloat16", 16), ("int8", 128), ("float8_e4m3fn", 128), ("int4", 128)])
 def test_smallest_pages(chip, dtype, page):
     """And almost all the scalar memory that page table and visits may take: 32768 positions of each row."""
-    compile_latent_attention(chip, latent_shapes.Case(16, 1, (32768,) * (50 if page == 16 else 8), page, dtype=dtype))
+    assert_latent_attention_compiles(
+        chip, latent_shapes.Case(16, 1, (32768,) * (50 if page == 16 else 8), page, dtype=dtype)
+    )
 
 
-def compile_latent_attention(chip, case):
+def assert_latent_attention_compiles(chip, case):
     B, P = len(case.lengths), max(case.lengths) // case.page
     is_coded = case.dtype != "bfloat16"
     arguments = [
@@ -251,4 +252,4 @@ def test_a_kernel_beyond_its_budget_is_refused(monkeypatch):
     """So that compiling under VMEM_LIMIT is a check."""
     monkeypatch.setattr(latent_tpu, "VMEM_LIMIT", 2 << 20)
     with pytest.raises(Exception, match=r"(?i)vmem"):
-        compile_latent_attention("v5p", latent_shapes.FULL["v2 lite"])
+        assert_latent_attention_compiles("v5p", latent_shapes.FULL["v2 lite"])

@@ -27,6 +27,9 @@ CASES = {
 }
 
 
+MAKE_LAYOUT = jax.jit(make_layout, static_argnums=(1, 2))
+
+
 def routing(case):
     """expert_TK: random distinct experts; in about a fifth of the choices E, that is: not computed."""
     T, K, E, tile, _, _ = CASES[case]
@@ -39,7 +42,7 @@ def routing(case):
     elif T > 1:
         expert_TK[rng.random((T, K)) < 0.2] = E
         expert_TK[expert_TK == 1] = E  # an expert without rows
-    return jnp.asarray(expert_TK, jnp.int32), make_layout(jnp.asarray(expert_TK, jnp.int32), E, tile)
+    return jnp.asarray(expert_TK, jnp.int32), MAKE_LAYOUT(jnp.asarray(expert_TK, jnp.int32), E, tile)
 
 
 def operands(case, layout, dtype="float32", matrices=1):
@@ -159,9 +162,6 @@ def test_backward_matches_finite_differences(name):
         expected = slope(lambda x: (oracle(*x, sizes(layout, 7)) * weight_GF).sum(), operand, along)
         size = np.linalg.norm(gradient[i]) * np.linalg.norm(direction[i])
         assert abs((np.asarray(gradient[i]) * direction[i]).sum() - expected) <= 1e-5 * size
-
-
-MAKE_LAYOUT = jax.jit(make_layout, static_argnums=(1, 2))
 
 
 def check_layout(expert_TK, experts, tile):

@@ -23,7 +23,7 @@ def routing(T, K, E, tile, D, dtype="float32"):
     if T > 1:
         expert_TK[rng.random((T, K)) < 0.2] = E
         expert_TK[3] = E  # a token none of whose choices is computed
-    layout = make_layout(jnp.asarray(expert_TK, jnp.int32), E, tile)
+    layout = jax.jit(make_layout, static_argnums=(1, 2))(jnp.asarray(expert_TK, jnp.int32), E, tile)
     G = len(layout.token_of_row_G)
     arrays = rng.normal(size=(T, D)), rng.normal(size=(G, D)), rng.normal(size=(T, K))
     return layout, *(jnp.asarray(x, d) for x, d in zip(arrays, (dtype, dtype, "float32")))

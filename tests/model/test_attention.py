@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import MODEL, YARN, change, normal, packed, perturbed
+from small import MODEL, YARN, change, made, normal, packed
 
 from dsv2_jax import presets
 from dsv2_jax.model import rope
@@ -24,13 +24,15 @@ CONFIGS = {
 SEGMENTS, POSITIONS = packed(5, 9, total=16)
 rope_rotate = rope.rotate
 RUN = jax.jit(lambda module, *inputs: module(*inputs))
+LATENTS, QUERIES, EXPANDED, ABSORBED = map(jax.jit, (MLA.latents, MLA.queries, MLA.expanded, MLA.absorbed))
 
 
 @functools.cache
 def module(name):
-    return perturbed(MLA(CONFIGS[name], jax.random.key(0)))
+    return made(lambda key: MLA(CONFIGS[name], key))
 
 
+@jax.jit
 def angles(mla, positions_BT):
     return rope.rotations(positions_BT, mla.config.rope_dim, mla.config.rope_theta, mla.config.yarn)
 
@@ -127,14 +129,12 @@ def test_absorbed_is_expanded(name, dtype):
     mla, h_BTD = module(name), normal(0, 2, 12, 20, dtype=dtype)
     offset_B = jnp.array([3, 8])
     cos_sin = angles(mla, jnp.broadcast_to(jnp.arange(12), (2, 12)))
-    latents_BSC = mla.latents(h_BTD, cos_sin)
-    chunk_BTD = normal(1, 2, 4, 20, dtype=dtype)
-    queries = mla.queries(chunk_BTD, angles(mla, offset_B[:, None] + jnp.arange(4)))
-    expanded = mla.expanded(*queries, latents_BSC, offset_B=offset_B)
-    absorbed = mla.absorbed(*queries, latents_BSC, offset_B)
-    assert_close(absorbed, np.asarray(expanded, np.float64), TOLERANCE[dtype])
-    swapped = mla.absorbed(queries[0][:, :, ::-1], queries[1], latents_BSC, offset_B)  # heads in the wrong order
-    assert worst(swapped, np.asarray(expanded, np.float64)) > 0.1
+    latents_BSC = LATENTS(mla, h_BTD, cos_sin)
+    q_C_BTNH, q_R_BTNP = QUERIES(mla, normal(1, 2, 4, 20, dtype=dtype), angles(mla, offset_B[:, None] + jnp.arange(4)))
+    expanded = np.asarray(EXPANDED(mla, q_C_BTNH, q_R_BTNP, latents_BSC, offset_B=offset_B), np.float64)
+    assert_close(ABSORBED(mla, q_C_BTNH, q_R_BTNP, latents_BSC, offset_B), expanded, TOLERANCE[dtype])
+    swapped = ABSORBED(mla, q_C_BTNH[:, :, ::-1], q_R_BTNP, latents_BSC, offset_B)  # heads in the wrong order
+    assert worst(swapped, expanded) > 0.1
 
 
 def test_absorbing_is_chosen_where_it_is_cheaper():

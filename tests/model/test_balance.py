@@ -15,6 +15,7 @@ from oracles.layers import softmax
 from oracles.routing import balance_losses, choose
 
 LENGTHS = (17, 9, 1, 0)  # real tokens of each row
+ROUTE = jax.jit(router.route, static_argnums=2, static_argnames="training")
 ALPHAS = np.array([MOE.balance.expert, MOE.balance.device, MOE.balance.communication])
 
 
@@ -24,7 +25,7 @@ def inputs(seed=0):
 
 
 def losses(logits_BTE, real_BT, config=MOE):
-    return router.route(logits_BTE, real_BT, config).stats.balance_3
+    return ROUTE(logits_BTE, real_BT, config).stats.balance_3
 
 
 def oracle(logits_BTE, alphas=ALPHAS):
@@ -62,7 +63,7 @@ def test_oracle_knows_perfect_and_worst_balance():
 def test_gradient_matches_finite_differences():
     """Through the mean affinities only: the counts are constants."""
     logits_BTE, real_BT = inputs()
-    gradient = jax.jacrev(lambda z: losses(z, real_BT))(logits_BTE)
+    gradient = jax.jit(jax.jacrev(lambda z: losses(z, real_BT)))(logits_BTE)
     for i in range(3):
         for seed in range(3):
             direction = np.random.default_rng(seed).normal(size=logits_BTE.shape)
@@ -91,6 +92,6 @@ def test_a_missing_coefficient_is_an_error():
 def test_dropping_does_not_hide_imbalance():
     """The losses see the router's choices, not what was left of them."""
     config = dataclasses.replace(MOE, dropping=DroppingConfig(capacity_factor=0.25))
-    routing = router.route(*inputs(), config, training=True)
+    routing = ROUTE(*inputs(), config, training=True)
     assert float(routing.stats.dropped) > 0
     np.testing.assert_array_equal(routing.stats.balance_3, losses(*inputs()))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import GQA as CONFIG
-from small import MODEL, YARN, change, normal, packed, perturbed
+from small import MODEL, YARN, change, made, normal, packed
 
 from dsv2_jax.model import rope
 from dsv2_jax.model.baselines import GQA
@@ -26,7 +26,7 @@ SEGMENTS, POSITIONS = packed(5, 9, total=16)
 
 @functools.cache
 def module(name):
-    return perturbed(GQA(change(MODEL, attention=CONFIGS[name]), jax.random.key(0)))
+    return made(lambda key: GQA(change(MODEL, attention=CONFIGS[name]), key))
 
 
 @jax.jit

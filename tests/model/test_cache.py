@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from small import GQA, MODEL, YARN, change, perturbed
+from small import GQA, MODEL, YARN, change, made
 
 from dsv2_jax import presets
 from dsv2_jax.model import rope, router
@@ -28,8 +28,8 @@ FORWARD = jax.jit(lambda model, tokens: model(tokens))
 
 @functools.cache
 def model(name, stacked=True):
-    made = perturbed(Transformer(CONFIGS[name], jax.random.key(0)))
-    return made if stacked else made.unstacked()
+    whole = made(lambda key: Transformer(CONFIGS[name], key))
+    return whole if stacked else whole.unstacked()
 
 
 def decoded(model, chunks, tokens=TOKENS, length=20):

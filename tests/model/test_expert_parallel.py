@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from emulation import ragged_all_to_all
 from flax import nnx
-from small import MODEL, change, normal, perturbed
+from small import MODEL, change, made, normal
 
 from dsv2_jax import sharding
 from dsv2_jax.config import ConfigError, DroppingConfig
@@ -35,7 +35,7 @@ PROTECTED = jnp.array([True] + [False] * 7)
 
 @functools.cache
 def module(config):
-    return perturbed(MoE(config, jax.random.key(0)))
+    return made(lambda key: MoE(config, key))
 
 
 def run(moe, y_BTD):

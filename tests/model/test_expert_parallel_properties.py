@@ -10,7 +10,7 @@ from emulation import ragged_all_to_all
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
-from small import MODEL, change, normal, perturbed
+from small import MODEL, change, made, normal
 
 from dsv2_jax import sharding
 from dsv2_jax.model import exchange
@@ -144,7 +144,7 @@ def test_the_check_sees_a_lost_and_a_doubled_row(monkeypatch):
 
 @functools.cache
 def experts():
-    return perturbed(MoE(CONFIG, jax.random.key(0)))
+    return made(lambda key: MoE(CONFIG, key))
 
 
 def objective(function, x_BTD, expert_BTK, gate_BTK, weights):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import MODEL, change, normal, perturbed
+from small import MODEL, change, made, normal
 
 from dsv2_jax.config import DroppingConfig
 from dsv2_jax.model import router
@@ -31,7 +31,7 @@ RUN = jax.jit(lambda module, y, real, **kwargs: module(y, real, **kwargs), stati
 
 @functools.cache
 def module(name):
-    return perturbed(MoE(CONFIGS[name], jax.random.key(0)))
+    return made(lambda key: MoE(CONFIGS[name], key))
 
 
 def expected(w, config, y_BTD, dropping=None):
@@ -108,7 +108,7 @@ def test_backward_matches_finite_differences(name):
 @pytest.mark.parametrize("ops", [("expert_ffn",), ("grouped_matmul", "token_dispatch")])
 def test_implementations_agree(ops, implementation):
     config = change(MODEL, **{f"compute__{op}": implementation for op in ops})
-    moe, y_BTD = perturbed(MoE(config, jax.random.key(0))), normal(0, 3, 15, 20)
+    moe, y_BTD = made(lambda key: MoE(config, key)), normal(0, 3, 15, 20)
     out_BTD, _ = RUN(moe, y_BTD, REAL)
     assert_close(out_BTD, RUN(module("grouped"), y_BTD, REAL)[0])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,9 @@ CASES = [
     (6, 10000.0, YARN),
     (64, 10000.0, dataclasses.replace(V2_YARN, mscale=1.0, beta_slow=2.0, beta_fast=16.0)),
 ]
+
+
+ROTATE, ROTATIONS = jax.jit(rope.rotate), jax.jit(rope.rotations, static_argnums=(1, 2, 3))
 
 
 def test_oracle_has_the_published_numbers():
@@ -56,7 +60,7 @@ def test_rotation_matches_the_oracle(dim, theta, yarn, dtype):
     """Angles are float32: their error grows with the position as position * 2^-24 radians, 0.01 at 160K."""
     positions_BT = jnp.array([[0, 1, 2, 63], [4095, 5, 0, 20000]])
     x_BTNP = normal(0, 2, 4, 3, dim, dtype=dtype)
-    out = rope.rotate(x_BTNP, rope.rotations(positions_BT, dim, theta, yarn))
+    out = ROTATE(x_BTNP, ROTATIONS(positions_BT, dim, theta, yarn))
     assert out.dtype == dtype
     for (b, t), position in np.ndenumerate(np.asarray(positions_BT)):
         expected = [oracle.rotate(np.asarray(x_P), position, theta, yarn) for x_P in x_BTNP[b, t]]
@@ -68,8 +72,8 @@ def test_scores_depend_on_distance_only(yarn):
     q, k = normal(1, 1, 6, 2, 16), normal(2, 1, 6, 2, 16)
 
     def scores(start):
-        cos_sin = rope.rotations(start + jnp.arange(6)[None], 16, 10000.0, yarn)
-        return jnp.einsum("btnp,bsnp->bnts", rope.rotate(q, cos_sin), rope.rotate(k, cos_sin))
+        cos_sin = ROTATIONS(start + jnp.arange(6)[None], 16, 10000.0, yarn)
+        return jnp.einsum("btnp,bsnp->bnts", ROTATE(q, cos_sin), ROTATE(k, cos_sin))
 
     assert worst(scores(300), scores(0)) < 1e-4
     assert worst(scores(0)[..., 1:, :-1], scores(0)[..., :-1, :-1]) > 0.1
@@ -77,16 +81,16 @@ def test_scores_depend_on_distance_only(yarn):
 
 def test_pairs_are_interleaved():
     """Acceptance case 2: with the two halves rotated instead, on one side or both, the scores are others."""
-    q, k, angles = normal(1, 1, 9, 1, 16), normal(2, 1, 9, 1, 16), rope.rotations(jnp.arange(9)[None], 16, 100.0, None)
+    q, k, angles = normal(1, 1, 9, 1, 16), normal(2, 1, 9, 1, 16), ROTATIONS(jnp.arange(9)[None], 16, 100.0, None)
 
     def halves(x):  # (x0, x8), (x1, x9), ... are the pairs
         def pair(y):
             return jnp.stack(jnp.split(y, 2, axis=-1), axis=-1).reshape(y.shape)
 
-        return rope.rotate(pair(x), angles)
+        return ROTATE(pair(x), angles)
 
     def pairs(x):
-        return rope.rotate(x, angles)
+        return ROTATE(x, angles)
 
     def error(turn_q, turn_k):
         expected = np.array(

@@ -25,6 +25,8 @@ CONFIGS = {
     "one": dataclasses.replace(MOE, experts_per_token=1, groups_kept=1),
     "v2": presets.get("v2").moe,
 }
+ROUTE = jax.jit(router.route, static_argnums=2)
+CHOOSE = jax.jit(router.choose, static_argnums=1)
 
 
 def check_choice(scores_TE, expert_TK, config):
@@ -43,7 +45,7 @@ def test_any_scores_choose_as_the_oracle(name, seed, zeros):
     config = CONFIGS[name]
     rng, shape = np.random.default_rng(seed), (3, config.routed_experts)
     scores_TE = np.where(rng.random(shape) < zeros, 0, rng.choice([1e-30, 0.1, 0.2, 0.5], shape)).astype(np.float32)
-    chosen_TK, expert_TK = jax.jit(router.choose, static_argnums=1)(scores_TE, config)
+    chosen_TK, expert_TK = CHOOSE(scores_TE, config)
     check_choice(scores_TE, expert_TK, config)
     np.testing.assert_array_equal(chosen_TK, np.take_along_axis(np.asarray(scores_TE), np.asarray(expert_TK), 1))
 
@@ -59,7 +61,7 @@ def test_the_check_of_case_4_sees_its_defects(defect):
     kept_TD = (kept_TM[..., None] == jnp.arange(4)).any(-2) | (defect == "without groups")
     masked_TE = jnp.where(kept_TD[..., None], grouped_TDE, 0).reshape(scores_TE.shape)
     _, expert_TK = jax.lax.top_k(masked_TE, config.experts_per_token)
-    check_choice(scores_TE, router.choose(scores_TE, config)[1], config)
+    check_choice(scores_TE, CHOOSE(scores_TE, config)[1], config)
     with pytest.raises(AssertionError):
         check_choice(scores_TE, expert_TK, config)
 
@@ -70,7 +72,7 @@ def test_logits_of_any_size_give_k_distinct_experts(name, spread):
     """Acceptance case 4: with logits 1000 apart all but one score underflow to 0 in float32."""
     config = CONFIGS[name]
     logits_BTE = spread * normal(0, 2, 50, config.routed_experts)
-    routing = jax.jit(router.route, static_argnums=2)(logits_BTE, jnp.ones((2, 50), bool), config)
+    routing = ROUTE(logits_BTE, jnp.ones((2, 50), bool), config)
     scores_BTE = jax.nn.softmax(logits_BTE)
     check_choice(scores_BTE.reshape(100, -1), routing.expert_BTK.reshape(100, -1), config)
     assert np.isfinite(routing.gate_BTK).all()
@@ -104,7 +106,7 @@ def test_gates_are_scaled_once_or_normalised():
 def test_route_matches_the_oracle(name):
     config = CONFIGS[name]
     logits_BTE = normal(1, 2, 30, config.routed_experts)
-    routing = router.route(logits_BTE, jnp.ones((2, 30), bool), config)
+    routing = ROUTE(logits_BTE, jnp.ones((2, 30), bool), config)
     for b in range(2):
         expert_TK, gate_TK = oracle_route(softmax(logits_BTE[b]), config)
         np.testing.assert_array_equal(routing.expert_BTK[b], expert_TK)
@@ -116,7 +118,7 @@ def test_gradient_of_the_gates_matches_finite_differences(normalize):
     config = dataclasses.replace(MOE, normalize_gates=normalize)
     logits_TE, weight_TK = normal(2, 20, 8), np.asarray(normal(3, 20, 3), np.float64)
     real_BT = jnp.ones((1, 20), bool)
-    gradient = jax.grad(lambda z: jnp.sum(router.route(z[None], real_BT, config).gate_BTK[0] * weight_TK))(logits_TE)
+    gradient = jax.grad(lambda z: jnp.sum(ROUTE(z[None], real_BT, config).gate_BTK[0] * weight_TK))(logits_TE)
     for seed in range(4):
         direction = np.random.default_rng(seed).normal(size=(20, 8))
         expected = slope(lambda z: (oracle_route(softmax(z), config)[1] * weight_TK).sum(), logits_TE, direction)
@@ -127,20 +129,20 @@ def test_gradient_of_the_gates_matches_finite_differences(normalize):
 def test_padding_is_never_routed_or_counted():
     """Padding has expert E and gate 0, whatever its logits, and changes nothing of the other tokens' routing."""
     logits_BTE, real_BT = normal(4, 2, 12, 8), jnp.arange(12) < jnp.array([[7], [0]])
-    routing = router.route(logits_BTE, real_BT, MOE)
+    routing = ROUTE(logits_BTE, real_BT, MOE)
     assert (np.asarray(routing.expert_BTK)[~np.asarray(real_BT)] == 8).all()
     assert (np.asarray(routing.gate_BTK)[~np.asarray(real_BT)] == 0).all()
     assert float(routing.stats.load_E.sum()) == float(routing.stats.assignments) == 7 * 3
     assert float(routing.stats.sequences) == 1
     assert float(routing.stats.dropped) == 0
-    other = router.route(jnp.where(real_BT[..., None], logits_BTE, 50.0), real_BT, MOE)
+    other = ROUTE(jnp.where(real_BT[..., None], logits_BTE, 50.0), real_BT, MOE)
     for a, b in zip(jax.tree.leaves(routing), jax.tree.leaves(other)):
         np.testing.assert_array_equal(a, b)
 
 
 def test_statistics_count_what_was_chosen():
     logits_BTE = normal(5, 3, 20, 8)
-    routing = router.route(logits_BTE, jnp.ones((3, 20), bool), MOE)
+    routing = ROUTE(logits_BTE, jnp.ones((3, 20), bool), MOE)
     expert_BTK = np.asarray(routing.expert_BTK)
     np.testing.assert_array_equal(routing.stats.load_E, np.bincount(expert_BTK.ravel(), minlength=8))
     assert float(routing.stats.sends) == sum(len(set(expert_K // 2)) for expert_K in expert_BTK.reshape(-1, 3))
@@ -151,16 +153,16 @@ def test_permuting_tokens_and_experts_permutes_the_choice():
     logits_BTE, real_BT = normal(6, 1, 16, 8), jnp.ones((1, 16), bool)
     tokens, groups = np.random.default_rng(0).permutation(16), np.array([2, 0, 3, 1])
     experts = (groups[:, None] * 2 + np.arange(2)).ravel()  # whole groups change places
-    first = router.route(logits_BTE, real_BT, MOE)
-    second = router.route(logits_BTE[:, tokens][:, :, experts], real_BT, MOE)
+    first = ROUTE(logits_BTE, real_BT, MOE)
+    second = ROUTE(logits_BTE[:, tokens][:, :, experts], real_BT, MOE)
     np.testing.assert_array_equal(experts[np.asarray(second.expert_BTK)], np.asarray(first.expert_BTK)[:, tokens])
 
 
 def test_decisions_are_float32_whatever_the_input():
     """Acceptance case 17: bfloat16 logits are widened first; scores that differ only in float32 keep their order."""
     logits_TE = jnp.zeros((1, 1, 8), jnp.float32).at[..., 3].set(1e-4).at[..., 6].set(2e-4)
-    assert list(router.route(logits_TE, jnp.ones((1, 1), bool), MOE).expert_BTK[0, 0][:2]) == [6, 3]
-    routing = router.route(normal(7, 1, 5, 8, dtype=jnp.bfloat16), jnp.ones((1, 5), bool), MOE)
+    assert list(ROUTE(logits_TE, jnp.ones((1, 1), bool), MOE).expert_BTK[0, 0][:2]) == [6, 3]
+    routing = ROUTE(normal(7, 1, 5, 8, dtype=jnp.bfloat16), jnp.ones((1, 5), bool), MOE)
     assert routing.gate_BTK.dtype == jnp.float32
     rounded = logits_TE.astype(jnp.bfloat16) + 1  # the defect: a router in bfloat16 sees ties
-    assert list(router.route(rounded, jnp.ones((1, 1), bool), MOE).expert_BTK[0, 0][:2]) != [6, 3]
+    assert list(ROUTE(rounded, jnp.ones((1, 1), bool), MOE).expert_BTK[0, 0][:2]) != [6, 3]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import GQA, MODEL, YARN, change, packed, perturbed
+from small import GQA, MODEL, YARN, change, made, packed
 
 from dsv2_jax.config import DroppingConfig
 from dsv2_jax.model.transformer import Transformer
@@ -27,7 +27,7 @@ FEATURES = jax.jit(lambda model, *inputs, **kwargs: model.features(*inputs, **kw
 
 @functools.cache
 def model(name):
-    return perturbed(Transformer(CONFIGS[name], jax.random.key(0)))
+    return made(lambda key: Transformer(CONFIGS[name], key))
 
 
 def tokens(seed=0):
@@ -139,7 +139,7 @@ def test_scanned_is_unstacked(name):
 @pytest.mark.parametrize("policy", ["dots", "full"])
 def test_recomputing_changes_nothing(policy):
     config = change(MODEL, compute__remat=policy)
-    recomputed = perturbed(Transformer(config, jax.random.key(0)))
+    recomputed = made(lambda key: Transformer(config, key))
 
     def gradient(model):
         return jax.jit(jax.grad(lambda model: jnp.sum(run(model, tokens())[:, :14] ** 2)))(model)
@@ -151,7 +151,7 @@ def test_recomputing_changes_nothing(policy):
 def test_dropping_only_in_training_and_never_of_the_protected():
     """Acceptance case 16, through the model: counted per layer; nothing outside training."""
     config = change(MODEL, moe__dropping=DroppingConfig(capacity_factor=0.5))
-    dropping = perturbed(Transformer(config, jax.random.key(0)))
+    dropping = made(lambda key: Transformer(config, key))
     none = jnp.zeros(1, bool)
     trained, stats = FEATURES(dropping, tokens(), SEGMENTS, POSITIONS, training=True, protected_B=none)
     assert (stats.dropped > 0).all()
@@ -165,7 +165,7 @@ def test_dropping_only_in_training_and_never_of_the_protected():
 
 def test_bfloat16_stays_near_float32():
     """With the same routing decisions only rounding differs: compared on the mean, routers may flip near ties."""
-    rough = run(perturbed(Transformer(change(MODEL, compute__dtype="bfloat16"), jax.random.key(0))), tokens())
+    rough = run(made(lambda key: Transformer(change(MODEL, compute__dtype="bfloat16"), key)), tokens())
     assert rough.dtype == jnp.float32
     exact = run(model("v2"), tokens())
     assert float(jnp.abs(rough - exact)[:, :14].mean() / jnp.abs(exact)[:, :14].mean()) < 0.1

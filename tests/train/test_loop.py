@@ -68,7 +68,7 @@ def test_what_a_run_leaves_behind(finished):
 def test_held_out_bits_per_byte_is_exact(finished):
     folder, summary = finished
     model = restore_params(folder, abstract_state(experiment()).model)
-    parts = [lm_loss(model, batch(4, 1_000_000 + i)) for i in range(3)]
+    parts = [jax.jit(lm_loss)(model, batch(4, 1_000_000 + i)) for i in range(3)]
     expected = sum(float(p.nll_sum) for p in parts) / math.log(2) / sum(float(p.bytes) for p in parts)
     assert summary["held_out/bits_per_byte"] == pytest.approx(expected, rel=1e-6)
 
@@ -114,6 +114,7 @@ def test_a_microbatch_that_changes_the_stages_of_a_growing_batch_is_refused(tmp_
         keep_config(experiment(batch_size=8, microbatch_size=4, batch_ramp=ramp), tmp_path)
 
 
+@pytest.mark.slow
 def test_smaller_microbatches_go_on_to_the_same_losses_and_drop_the_same_tokens(tmp_path):
     """On fewer devices fewer sequences are computed at once. Which are never dropped does not depend on that."""
     model = small.change(MOE, moe__dropping=DroppingConfig(capacity_factor=0.5, protected_share=0.5))
@@ -252,10 +253,11 @@ def test_balance_losses_that_are_off_are_named_and_experts_are_reported(tmp_path
 @pytest.mark.parametrize(
     ("before", "profile", "steps", "traced"),
     [
-        (None, ProfileConfig(start=2, steps=1), 4, 1),
+        pytest.param(None, ProfileConfig(start=2, steps=1), 4, 1, marks=pytest.mark.slow),
         (3, ProfileConfig(start=2, steps=3), 6, 2),  # resumed inside the window
-        (5, ProfileConfig(start=2, steps=3), 6, None),  # beyond it
-        (None, ProfileConfig(start=2, steps=10), 4, 2),  # the run ends before the window does
+        pytest.param(5, ProfileConfig(start=2, steps=3), 6, None, marks=pytest.mark.slow),  # beyond it
+        # the run ends before the window does
+        pytest.param(None, ProfileConfig(start=2, steps=10), 4, 2, marks=pytest.mark.slow),
     ],
 )
 def test_profile_leaves_a_trace_of_the_steps_it_names(tmp_path, capsys, before, profile, steps, traced):

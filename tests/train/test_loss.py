@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import MODEL, change, packed, perturbed
+from small import MODEL, change, made, packed
 
 from dsv2_jax.model.transformer import Transformer
 from dsv2_jax.train.loss import cross_entropy, lm_loss
@@ -42,7 +42,8 @@ def test_matches_the_oracle(chunk, dtype):
 @pytest.mark.parametrize("chunk", [4, 11])
 def test_gradient_matches_finite_differences(chunk):
     h_BTD, w_DV, targets_BT, weights_BT = inputs()
-    gradient = jax.grad(lambda h, w: 3 * cross_entropy(h, w, targets_BT, weights_BT, chunk), (0, 1))(h_BTD, w_DV)
+    loss = lambda h, w: 3 * cross_entropy(h, w, targets_BT, weights_BT, chunk)  # noqa: E731
+    gradient = jax.jit(jax.grad(loss, (0, 1)))(h_BTD, w_DV)
     rng = np.random.default_rng(1)
     for i in range(2):
         for _ in range(3):
@@ -91,7 +92,7 @@ LOSS = jax.jit(lm_loss, static_argnames="training")
 
 def packed_loss_error(together):
     """Of the mean loss of two documents in one row against the token-weighted mean of the two alone."""
-    model = perturbed(Transformer(MODEL, jax.random.key(0)))
+    model = made(lambda key: Transformer(MODEL, key))
     parts = [LOSS(model, batch(6, total=6)), LOSS(model, batch(8, total=8, seed=1))]
     expected = sum(float(p.nll_sum) for p in parts) / sum(float(p.weight) for p in parts)
     result = LOSS(model, together)
@@ -109,7 +110,7 @@ def test_packed_loss_is_the_mean_of_separate_losses_by_token():
 
 def test_loss_parts_are_sums():
     """Sums over a batch equal the sum over its rows, so that microbatches may be added before the one division."""
-    model = perturbed(Transformer(MODEL, jax.random.key(0)))
+    model = made(lambda key: Transformer(MODEL, key))
     rows = [batch(6, 8), batch(15, seed=5)]
     whole = LOSS(model, jax.tree.map(lambda *x: jnp.concatenate(x), *rows))
     added = jax.tree.map(lambda a, b: a + b, *(LOSS(model, row) for row in rows))

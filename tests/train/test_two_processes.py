@@ -68,6 +68,7 @@ def killed(folder: Path, which: int) -> str:
     return died.stderr
 
 
+@pytest.mark.slow
 def test_one_of_two_dies_and_the_restart_goes_on_to_the_losses_of_one_process(text, tmp_path):
     one, expected, place = text
     shutil.copytree(one / "text", tmp_path / "text")

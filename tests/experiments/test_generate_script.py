@@ -100,6 +100,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, run_folder, monkeypa
         assert all(name in said for name in named), said
 
 
+@pytest.mark.slow
 def test_a_mesh_draws_the_same_text(run_folder, monkeypatch, capsys):
     flags = (f"--checkpoint={run_folder}", "--prompt=import ", "--temperature=0", "--dtype=float32")
     alone = generate(monkeypatch, capsys, *flags)

@@ -103,6 +103,7 @@ for direction, (warm, warmed, source, result) in {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not memory.AVAILABLE, reason="reads Linux's own memory figures")
 def test_memory_does_not_grow_with_the_model(tmp_path):
     write(tmp_path / "tiny")

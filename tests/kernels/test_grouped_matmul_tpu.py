@@ -40,7 +40,9 @@ def check(case, which, dtype):
         assert_close(a, b, TOLERANCE[dtype], "result" if i == 0 else f"gradient {i - 1}")
 
 
-@pytest.mark.parametrize("case", ["v2", "single rows", "none"])
+@pytest.mark.parametrize(
+    "case", ["v2", *[pytest.param(case, marks=pytest.mark.slow) for case in ("single rows", "none")]]
+)
 def test_matmul_matches_the_reference(case):
     check(case, "grouped_matmul", "float32")
 

@@ -182,7 +182,8 @@ def test_of_equal_affinities_the_later_tokens_drop_on_a_mesh_too():
     assert_equal_results(found, expected)
 
 
-@pytest.mark.parametrize("text", ["context=2,data=2,tensor=2", pytest.param("tensor=4,fsdp=2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["context=2,data=2,tensor=2", "tensor=4,fsdp=2"])
 def test_the_baseline_attention_on_a_mesh(text):
     assert_equal_results(results(GQA, text), alone(GQA))
 

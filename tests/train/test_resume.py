@@ -70,6 +70,7 @@ def check(folder: Path, uninterrupted: list[dict], kills: int, seed: int) -> Non
     assert numbers(folder) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(uninterrupted, tmp_path):
     check(tmp_path, uninterrupted, kills=2, seed=0)
 

@@ -57,7 +57,8 @@ def assert_holds(path, values, style="v2", tied=False):
 
 def assert_same_bytes(path, other):
     one, two = Folder(path), Folder(other)
-    assert sorted(one.keys()) == sorted(two.keys())
-    for key in one.keys():  # noqa: SIM118
+    keys = sorted(one.keys())
+    assert keys == sorted(two.keys())
+    for key in keys:
         assert (one.dtype(key), one.shape(key)) == (two.dtype(key), two.shape(key))
         assert one.read(key).tobytes() == two.read(key).tobytes(), key

@@ -45,24 +45,18 @@ def change(config, **changes):
     return dataclasses.replace(config, **changes)
 
 
-def made(build, seed=0):
-    """The module of `build(key)` with NumPy's numbers for JAX's, whose programs take seconds to compile: matrices like
-    those of MODEL, norms around 1, so that they and the order of the experts are not trivial."""
+def made(build):
+    """The module of `build(key)` with NumPy's numbers for JAX's, whose programs take seconds to compile.
+
+    Matrices have about the spread that MODEL gives them; norms lie around 1, so that they are not trivial.
+    """
 
     def draw(path, leaf):
         is_norm = any(getattr(key, "name", None) == "scale" for key in path)
         return jnp.asarray(is_norm + rng.normal(0, 0.1 if is_norm else 0.22, leaf.shape), leaf.dtype)
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(build, jax.random.key(0)))
-
-
-def perturbed(module, seed=0, std=0.1):
-    """The module with noise on every parameter, so that norms and the order of the experts are not trivial."""
-    leaves, treedef = jax.tree.flatten(module)
-    rng = np.random.default_rng(seed)
-    noisy = [np.asarray(leaf) + rng.normal(0, std, leaf.shape).astype(leaf.dtype) for leaf in leaves]
-    return jax.tree.unflatten(treedef, list(map(jnp.asarray, noisy)))
 
 
 def normal(seed, *shape, dtype=jnp.float32):

@@ -52,7 +52,7 @@ def make_case(case: Case, dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]
     elif T > 1:
         expert_TK[rng.random((T, K)) < 0.2] = E
         expert_TK[expert_TK == 1] = E
-    layout = make_layout(jnp.asarray(expert_TK, jnp.int32), E, case.tile)
+    layout = jax.jit(make_layout, static_argnums=(1, 2))(jnp.asarray(expert_TK, jnp.int32), E, case.tile)
     G = len(layout.token_of_row_G)
     x_GD, weight_GF = rng.normal(size=(G, case.dim)), rng.normal(size=(G, case.width))
     matrices = (jnp.asarray(rng.normal(size=(E, case.dim, case.width)), dtype) for _ in range(2))

@@ -55,7 +55,7 @@ def make_case(case: Case, dtype) -> tuple[tuple, dict]:
     if case.dtype in ("bfloat16", "float32"):
         pages = pages.astype(dtype)
     else:
-        pages, scales = quantise(pages, case.value_dim, case.dtype)
+        pages, scales = jax.jit(quantise, static_argnums=(1, 2))(pages, case.value_dim, case.dtype)
     pages = jnp.pad(pages, ((0, 0), (0, 0), (0, case.lanes - width)))
     table_BP = jnp.asarray(rng.permutation(len(pages))[: B * P].reshape(B, P), jnp.int32)
     offset_B = jnp.array(case.lengths, jnp.int32) - case.queries

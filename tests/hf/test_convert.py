@@ -277,9 +277,6 @@ def test_a_dry_run_lists_every_tensor_and_every_problem_and_writes_nothing(tmp_p
     assert not (tmp_path / "out").exists()
 
 
-# --- stopped and continued -------------------------------------------------------------------------------------------
-
-
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     convert.import_folder(write(tmp_path / "src"), tmp_path / "ours")
     sums = tmp_path / "ours" / "checkpoints" / "0" / "checksums" / "metadata"

@@ -47,15 +47,14 @@ def mesh_of(chosen: Target, **axes) -> AbstractMesh:
 def run(case, splits=1):
     arguments, options = make_case(case, "bfloat16")
     with gpu_interpreter() as interpret:
-        attend = functools.partial(gpu.paged_latent_attention, splits=splits, interpret=interpret)
-        out = attend(*arguments, options["value_dim"], options["scale"], options["scales"])
-        jax.block_until_ready(out)
-    return out
+        attend = functools.partial(gpu.paged_latent_attention, **options, splits=splits, interpret=interpret)
+        return jax.block_until_ready(jax.jit(attend)(*arguments))
 
 
 def expected(case):
     (q, *others), options = make_case(case, "bfloat16")
-    return op.paged_latent_attention(q.astype(jnp.float32), *others, **options, implementation="reference")
+    attend = functools.partial(op.paged_latent_attention, **options, implementation="reference")
+    return jax.jit(attend)(q.astype(jnp.float32), *others)
 
 
 @pytest.mark.parametrize("name", CASES)

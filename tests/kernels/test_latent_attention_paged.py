@@ -51,10 +51,8 @@ def test_portable_forms_match_numpy(case, name):
 
 
 def run(arguments, options, splits=1, interpret=None):
-    options = dict(options)
-    return tpu.paged_latent_attention(
-        *arguments, options["value_dim"], options["scale"], options["scales"], splits=splits, interpret=interpret
-    )
+    attend = functools.partial(tpu.paged_latent_attention, **options, splits=splits, interpret=interpret)
+    return jax.jit(attend)(*arguments)
 
 
 @pytest.mark.parametrize(("case", "splits"), [*((case, 1) for case in CASES), ("v2", 2), ("several queries", 2)])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small import MODEL, change, normal, perturbed
+from small import MODEL, change, made, normal
 
 from dsv2_jax import presets
 from dsv2_jax.config import GQAConfig
@@ -22,7 +22,7 @@ from oracles.weights import array, ffn
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_rms_norm(size, dtype):
     """Also where eps = 1e-6 matters: a mean square of 1e-6."""
-    norm, x_BTD = perturbed(RMSNorm(20, 1e-6)), size * normal(0, 2, 3, 20, dtype=dtype)
+    norm, x_BTD = made(lambda _: RMSNorm(20, 1e-6)), size * normal(0, 2, 3, 20, dtype=dtype)
     assert norm(x_BTD).dtype == dtype
     assert_close(norm(x_BTD), oracle.rms_norm(np.asarray(x_BTD, np.float64), array(norm.scale)), TOLERANCE[dtype])
     if size == 1e-3:

@@ -13,8 +13,8 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-# Most of a test's time is compilation: leave out what LLVM would optimise, and take XLA's older, quicker way to emit the
-# loops of fusions. A program's matmuls, loops and memory stay those of a user's; where its fusions are cut may differ.
+# Most of a test's time is compilation: leave out what LLVM would optimise, and let XLA emit the loops of fusions in its
+# older, quicker way. The matmuls, loops and memory of a program stay those of a user; its fusions may be cut elsewhere.
 QUICK = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 os.environ.setdefault("XLA_FLAGS", QUICK)
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "dsv2_jax" / "tests"

@@ -26,28 +26,35 @@ def main() -> None:
     )
     parser.add_argument("--new", type=int, default=128, metavar="T", help="decode: new tokens (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="timed runs (default: %(default)s)")
+    parser.add_argument("--layers", type=int, metavar="N", help="so many of the preset's layers (default: all)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute dtype (default: the preset's)")
     parser.add_argument("--remat", choices=["none", "dots", "full"], help="train: (default: the preset's)")
     arguments = common.parse_arguments(parser)
     for name in ("batch", "seq", "prompt", "new", "repeats"):
-        if getattr(arguments, name) < 1:
+        if getattr(arguments, name) < 1:  # of --layers the config says what it may be
             parser.error(f"--{name} must be positive")
 
     import dataclasses
+    import shlex
+    import sys
 
     from dsv2_jax import presets
     from dsv2_jax.train.metrics import measure_matmul_rate
+    from kernels_pallas.measuring import about
 
     model = presets.get(arguments.preset)
     chosen = {name: getattr(arguments, name) for name in ("dtype", "remat") if getattr(arguments, name)}
     model = dataclasses.replace(model, compute=dataclasses.replace(model.compute, **chosen))
+    if arguments.layers is not None:
+        model = dataclasses.replace(model, layers=arguments.layers)
     result = (train if arguments.what == "train" else decode)(model, arguments)
     rate = measure_matmul_rate(model.compute.dtype)
     flops_per_second = result["flops_per_token"] * result["tokens_per_second"]
     result |= {"matmul_flops_per_second": rate, "share_of_matmul_rate": flops_per_second / rate}
-    asked = {"what": arguments.what, "preset": arguments.preset, "batch": arguments.batch}
+    asked = {"what": arguments.what, "preset": arguments.preset, "layers": model.layers, "batch": arguments.batch}
     asked |= {"seq": arguments.seq} if arguments.what == "train" else {"prompt": arguments.prompt, "new": arguments.new}
-    print(json.dumps(asked | {"dtype": model.compute.dtype} | result))
+    run = about(shlex.join(["python", "experiments/benchmark.py", *sys.argv[1:]]))
+    print(json.dumps(asked | {"dtype": model.compute.dtype, "remat": model.compute.remat} | result | run))
 
 
 def timed(run, repeats: int) -> list[float]:

@@ -33,9 +33,9 @@ CASES = {
 }
 
 
-def make_case(case: Case, dtype) -> tuple[tuple, jax.Array, jax.Array | None]:
+def make_case(case: Case, dtype, rng: np.random.Generator | None = None) -> tuple[tuple, jax.Array, jax.Array | None]:
     """(q, k, v), a cotangent BTNV in float32, and segments: random documents, the end of each row padding."""
-    rng, B, T = np.random.default_rng(0), case.batch, case.length
+    rng, B, T = rng or np.random.default_rng(0), case.batch, case.length
     heads = case.heads, case.kv_heads, case.kv_heads, case.heads
     widths = case.qk_dim, case.qk_dim, case.value_dim, case.value_dim
     *qkv, weight_BTNV = (jnp.asarray(rng.normal(size=(B, T, n, width)), dtype) for n, width in zip(heads, widths))

@@ -19,16 +19,16 @@ class Case:
     tile: int
     dim: int
     width: int
-    routing: str = (
-        "random"  # "random": an expert without rows and dropped choices; "one": all to one; "none": all dropped
-    )
+    routing: str = "random"  # as `routing` draws it
 
 
 FULL = {
-    "v2": Case(4096, 6, 160, 128, 5120, 1536),
-    "v2 skewed": Case(4096, 6, 160, 128, 5120, 1536, "one"),
-    "v2 lite": Case(4096, 6, 64, 128, 2048, 1408),
-    "v2 lite skewed": Case(4096, 6, 64, 128, 2048, 1408, "one"),
+    "v2": Case(4096, 6, 160, 128, 5120, 1536, "balanced"),
+    "v2 skewed": Case(4096, 6, 160, 128, 5120, 1536, "skewed"),
+    "v2 all to one": Case(4096, 6, 160, 128, 5120, 1536, "one"),
+    "v2 lite": Case(4096, 6, 64, 128, 2048, 1408, "balanced"),
+    "v2 lite skewed": Case(4096, 6, 64, 128, 2048, 1408, "skewed"),
+    "v2 lite all to one": Case(4096, 6, 64, 128, 2048, 1408, "one"),
 }
 CASES = {
     "v2": Case(24, 3, 5, 16, 160, 144),  # no width a multiple of 128, one above it
@@ -40,10 +40,17 @@ CASES = {
 }
 
 
-def make_case(case: Case, dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array, TileLayout]:
-    """x_GD (padding rows hold numbers too), two expert matrices EDF, a cotangent GF in float32, and the layout."""
-    rng = np.random.default_rng(0)
+def routing(case: Case, rng: np.random.Generator) -> np.ndarray:
+    """expert_TK; E for a dropped choice.
+
+    "random": an expert without rows, a fifth of the choices dropped. "balanced": as many to every expert, up to one.
+    "skewed": to the n-th expert in proportion to 1 / n (Zipf), distinct for a token. "one": all to one. "none": none.
+    """
     T, K, E = case.tokens, case.choices, case.experts
+    if case.routing == "balanced":
+        return np.arange(T * K).reshape(T, K) % E
+    if case.routing == "skewed":
+        return np.argsort(np.log(np.arange(1, E + 1)) - rng.gumbel(size=(T, E)), axis=1)[:, :K]
     expert_TK = np.array([rng.permutation(E)[:K] for _ in range(T)])
     if case.routing == "one":
         expert_TK[:] = E // 2
@@ -52,6 +59,15 @@ def make_case(case: Case, dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]
     elif T > 1:
         expert_TK[rng.random((T, K)) < 0.2] = E
         expert_TK[expert_TK == 1] = E
+    return expert_TK
+
+
+def make_case(
+    case: Case, dtype, rng: np.random.Generator | None = None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array, TileLayout]:
+    """x_GD (padding rows hold numbers too), two expert matrices EDF, a cotangent GF in float32, and the layout."""
+    rng, E = rng or np.random.default_rng(0), case.experts
+    expert_TK = routing(case, rng)
     layout = jax.jit(make_layout, static_argnums=(1, 2))(jnp.asarray(expert_TK, jnp.int32), E, case.tile)
     G = len(layout.token_of_row_G)
     x_GD, weight_GF = rng.normal(size=(G, case.dim)), rng.normal(size=(G, case.width))
@@ -94,4 +110,6 @@ def gpu_cases() -> dict[str, tuple]:
             weights, scales = [array(E, D, F, dtype=dtype)] * 2, [array(E, F, dtype=jnp.float32)] * 2
             cases[f"{of} matmul"] = coded(matmul), (x_GD, weights[:1], scales[:1], layout), small
             cases[f"{of} swiglu"] = coded(swiglu), (x_GD, weights, scales, layout), small
+            down, scales = [array(E, F, D, dtype=dtype)], [array(E, D, dtype=jnp.float32)]
+            cases[f"{of} down"] = coded(matmul), (h_GF, down, scales, layout), small
     return cases

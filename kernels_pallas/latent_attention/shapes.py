@@ -28,10 +28,16 @@ FULL = {
     "v2 speculative": Case(128, 4, (4096,) * 16, 128),
     "v2 prefill chunk": Case(128, 256, (4096,), 128),
     "v2 float8": Case(128, 1, (4096,) * 64, 128, dtype="float8_e4m3fn"),
+    "v2 int8": Case(128, 1, (4096,) * 64, 128, dtype="int8"),
+    "v2 int4": Case(128, 1, (4096,) * 64, 128, dtype="int4"),
     "v2 lite": Case(16, 1, (4096,) * 64, 64),
+    "v2 lite speculative": Case(16, 4, (4096,) * 16, 128),
+    "v2 lite float8": Case(16, 1, (4096,) * 64, 128, dtype="float8_e4m3fn"),
     "v2 lite int8": Case(16, 1, (4096,) * 64, 128, dtype="int8"),
     "v2 lite int4": Case(16, 1, (4096,) * 64, 128, dtype="int4"),
 }
+# One new token of 128 sequences: from 64 heads down what must move decides, at 128 the products.
+DECODE = {f"{heads} heads": Case(heads, 1, (4096,) * 128, 64) for heads in (16, 32, 64, 128)}
 _SMALL = {"value_dim": 128, "rope_dim": 16, "lanes": 256}
 CASES = {
     "v2": Case(8, 1, (1, 64, 131), 16, **_SMALL),  # one token; a whole chunk; lengths that divide no page
@@ -43,9 +49,9 @@ CASES = {
 }
 
 
-def make_case(case: Case, dtype) -> tuple[tuple, dict]:
+def make_case(case: Case, dtype, rng: np.random.Generator | None = None) -> tuple[tuple, dict]:
     """Arguments and options of `paged_latent_attention`: pages in random order, some of nobody, `dtype` the query's."""
-    rng, width = np.random.default_rng(0), case.value_dim + case.rope_dim
+    rng, width = rng or np.random.default_rng(0), case.value_dim + case.rope_dim
     B, P = len(case.lengths), -(-max(case.lengths) // case.page)
     q_BTNC = jnp.asarray(rng.normal(size=(B, case.queries, case.heads, width)), dtype)
     pages = jnp.asarray(rng.normal(size=(B * P + 2, case.page, width)), jnp.float32)
@@ -90,9 +96,12 @@ def gpu_cases() -> dict[str, tuple]:
         "v2, 4 queries": paged(128, 4, 128, 64, 1),
         "v2 in one piece": (whole, (q, pages, offset), 17 << 20),
         "v2 float8": paged(128, 1, 128, 128, 1, jnp.float8_e4m3fn),
+        "v2 int8": paged(128, 1, 128, 128, 1, jnp.int8),
+        "v2 int4": paged(128, 1, 128, 128, 33, jnp.int4),  # the queries and the result, lanes in another order
         "lite": paged(16, 1, 128, 64, 20),
         "lite, 4 queries": paged(16, 4, 128, 64, 1),
         "lite, 8 sequences, pages of 16": paged(16, 1, 8, 16, 20),
+        "lite float8": paged(16, 1, 128, 128, 20, jnp.float8_e4m3fn),
         "lite int8": paged(16, 1, 128, 128, 20, jnp.int8),
         "lite int4": paged(16, 1, 128, 128, 20, jnp.int4),  # the pages, seen as bytes, are no copy
     }

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import common
@@ -16,7 +17,7 @@ EXPERIMENTS = pathlib.Path(common.__file__).parent
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "tokens"),
-    [(["train", "--batch=2", "--seq=16"], 2 * 16), (["decode", "--batch=2", "--prompt=4", "--new=8"], 2)],
+    [(["train", "--batch=2", "--seq=16", "--layers=2"], 2 * 16), (["decode", "--batch=2", "--prompt=4", "--new=8"], 2)],
     ids=["train", "decode"],
 )
 def test_one_json_line(arguments, tokens):
@@ -28,6 +29,10 @@ def test_one_json_line(arguments, tokens):
     figures = json.loads(line)
     assert figures["preset"] == "tiny"
     assert figures["dtype"] == "float32"
+    assert figures["layers"] == (2 if "train" in arguments else 3)
+    assert figures["command"] == " ".join(["python", "experiments/benchmark.py", *command[2:]])
+    assert figures["jax"] == jax.__version__
+    assert {"date", "device", "jaxlib", "runtime"} <= figures.keys()
     assert figures["tokens_per_second"] * figures["median_step_seconds"] == pytest.approx(tokens)
     reached = figures["flops_per_token"] * figures["tokens_per_second"]
     assert figures["share_of_matmul_rate"] == pytest.approx(reached / figures["matmul_flops_per_second"])

@@ -166,7 +166,7 @@ class MoEConfig:
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
 TRANSPORTS = ("auto", "stepwise", "ragged")
-IMPLEMENTATIONS = {  # of every op of kernels_pallas, fastest first
+IMPLEMENTATIONS = {  # of every op of kernels_pallas, in the order in which "auto" tries them
     "expert_ffn": ("composed", "xla", "reference"),
     "grouped_matmul": ("tpu", "gpu", "xla", "reference"),
     "token_dispatch": ("tpu", "xla", "reference"),

@@ -31,9 +31,9 @@ def select(op: str, name: str, implementations: dict[str, ModuleType], *argument
     """The implementation called `name`; "auto": the first that supports this device and these arguments.
 
     Args:
-      implementations: fastest first. A module that does not run everywhere has `unsupported(target, *arguments)`, the
-        reason why it cannot run, or None; one that is not for every device has `automatic(target)`, whether it may be
-        taken unnamed.
+      implementations: in the order in which "auto" tries them, kernels first: nothing is timed. A module that does not
+        run everywhere has `unsupported(target, *arguments)`, the reason why it cannot run, or None; one that is not for
+        every device has `automatic(target)`, whether it may be taken unnamed.
     Raises:
       ValueError: there is no such implementation, or it cannot run: the message lists those there are, or says why.
     """

@@ -1,5 +1,7 @@
 """The experts as one loop over the live tiles of rows, with a dynamic expert index: the useful FLOPs on any platform.
 
+(Of few tokens, of which nearly every expert has one, every expert computes all: all weights must be read anyhow.)
+
 Gathering a tile's tokens, its three matmuls and adding their result to the tokens all happen in one step of the loop:
 a tile stays in the cache, and XLA on CPUs runs its independent matmuls on several cores. A row's gate scales h, so that
 the backward pass needs no row of the output: the gate's cotangent is h . (W_down dy).

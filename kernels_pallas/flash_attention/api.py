@@ -5,7 +5,7 @@ import jax
 from kernels_pallas.flash_attention import gpu, reference, tpu, xla
 from kernels_pallas.select import select
 
-IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}  # fastest first
+IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}  # as auto tries them
 
 
 def flash_attention(

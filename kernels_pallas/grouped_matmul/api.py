@@ -10,7 +10,7 @@ from kernels_pallas.mosaic_gpu import not_hopper
 from kernels_pallas.select import select, target
 from kernels_pallas.tiles import TileLayout, tile_size
 
-IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}  # fastest first
+IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}  # as auto tries them
 
 
 def rows_per_tile(pairs: int, experts: int) -> int:
@@ -66,7 +66,7 @@ def grouped_swiglu(
     scales_EF: Sequence[jax.Array] | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """h_GF = silu(x gate) * (x up) by the weights of each tile's expert, in one pass over the rows.
+    """h_GF = silu(x gate) * (x up) by the weights of each tile's expert; the kernels read the rows once.
 
     Args:
       scales_EF: [gate's, up's], as of `grouped_matmul`.

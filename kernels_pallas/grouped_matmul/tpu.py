@@ -1,7 +1,8 @@
 """Grouped matmul on TPU: which expert's weights a tile of rows meets is prefetched as scalars.
 
 The grid runs over the tiles of rows inside blocks of columns, so that an expert's block of weights is fetched once for
-all its tiles. The contracted width is never cut: 5120 rows of weights fit the chip's memory in blocks of 512 columns.
+all its tiles. The contracted width is never cut: 5120 rows of weights fit the chip's memory in blocks of 768 columns,
+those of two matrices in 384.
 """
 
 import functools
@@ -29,6 +30,8 @@ def unsupported(target: Target, x_GD, weights, layout) -> str | None:
         return f"a TPU kernel, not for {target.platform}"
     if free_axes():
         return "the rows lie on several devices: call it inside jax.shard_map"
+    if x_GD.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"rows of {x_GD.dtype}: bfloat16 and float32 are multiplied"
     least = 32 // x_GD.dtype.itemsize
     if layout.tile % least:
         return f"tiles of {layout.tile} rows are no multiple of {least}, the rows of a register in {x_GD.dtype}"

@@ -7,7 +7,7 @@ import jax
 from kernels_pallas.latent_attention import gpu, paged, reference, tpu, xla
 from kernels_pallas.select import select
 
-IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}  # fastest first
+IMPLEMENTATIONS = {"tpu": tpu, "gpu": gpu, "xla": xla, "reference": reference}  # as auto tries them
 PAGED_IMPLEMENTATIONS = {
     "tpu": types.SimpleNamespace(attend=tpu.paged_latent_attention, unsupported=tpu.unsupported_paged),
     "gpu": types.SimpleNamespace(attend=gpu.paged_latent_attention, unsupported=gpu.unsupported_paged),

@@ -21,6 +21,7 @@ VMEM_LIMIT = 48 << 20  # bytes; v5p has 64 MiB, v5e and v6e 128
 SCALARS = 512 << 10  # bytes of page table and visits, in a scalar memory of 1 MiB
 CHUNK = 1024  # keys met at once
 ROWS = 512  # queries x heads of a unit
+PAGES = jnp.bfloat16, jnp.float32, jnp.int4, jnp.int8, jnp.float8_e4m3fn
 TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # chips that are one device
 _HIDDEN = -1e30  # finite, so that no inf - inf arises
 _FIRST, _LAST, _KEYS = 1, 2, 4  # what a visit does
@@ -45,6 +46,10 @@ def unsupported(target: Target, q_BTNC, cache_BSC, offset_B, value_dim, scale) -
 
 
 def _unfit(q_BTNC, page: int, P: int, dtype, value_dim: int, larger_pages="larger pages") -> str | None:
+    if q_BTNC.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"queries of {q_BTNC.dtype}: bfloat16 and float32 are multiplied"
+    if dtype not in PAGES:
+        return f"pages of {dtype}: {', '.join(jnp.dtype(x).name for x in PAGES)} are read"
     least = LANES if dtype.itemsize == 1 else 32 // dtype.itemsize  # scales of coded pages lie along the lanes
     if page % least or CHUNK % page:
         return f"pages of {page} positions in {dtype}: must be a multiple of {least} and divide {CHUNK}"

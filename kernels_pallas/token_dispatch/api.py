@@ -6,7 +6,7 @@ from kernels_pallas.select import select
 from kernels_pallas.tiles import TileLayout
 from kernels_pallas.token_dispatch import reference, tpu, xla
 
-IMPLEMENTATIONS = {"tpu": tpu, "xla": xla, "reference": reference}  # fastest first
+IMPLEMENTATIONS = {"tpu": tpu, "xla": xla, "reference": reference}  # as auto tries them
 
 
 def dispatch(x_TD: jax.Array, layout: TileLayout, *, implementation: str = "auto") -> jax.Array:

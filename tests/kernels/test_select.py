@@ -223,9 +223,28 @@ def test_kernels_and_their_gradients_trace_inside_shard_map(check_vma):
     ],
 )
 def test_grouped_matmul_on_tpu_says_why(tile, dim, matrices, reason):
+    assert reason in _grouped_on_tpu(tile, dim, matrices)
+
+
+def _grouped_on_tpu(tile=16, dim=32, matrices=1, dtype=jnp.bfloat16):
     layout = jax.eval_shape(lambda e_TK: make_layout(e_TK, 4, tile), jax.ShapeDtypeStruct((8, 2), jnp.int32))
-    x, w = array(len(layout.token_of_row_G), dim), array(4, dim, 16)
-    assert reason in grouped_tpu.unsupported(V5P, x, [w] * matrices, layout)
+    x, w = array(len(layout.token_of_row_G), dim, dtype=dtype), array(4, dim, 16, dtype=dtype)
+    return grouped_tpu.unsupported(V5P, x, [w] * matrices, layout)
+
+
+def test_kernels_on_tpu_refuse_what_their_matmuls_do_not_take():
+    assert "rows of float16: bfloat16 and float32 are multiplied" in _grouped_on_tpu(dtype=jnp.float16)
+    assert _grouped_on_tpu(dtype=jnp.float32) is None
+    pages = "pages of float8_e5m2: bfloat16, float32, int4, int8, float8_e4m3fn are read"
+    assert pages in _paged_on_tpu(4, 1, 128, 4, "float8_e5m2")
+    assert "pages of float16" in _paged_on_tpu(4, 1, 128, 4, "float16")
+    assert "queries of float16: bfloat16 and" in _paged_on_tpu(4, 1, 128, 4, queries_of=jnp.float16)
+    assert _paged_on_tpu(4, 1, 128, 4, queries_of=jnp.float32) is None
+
+
+def test_pages_on_several_tpus_are_refused():
+    with jax.sharding.use_abstract_mesh(mesh_of(V5P, data=2)):
+        assert _paged_on_tpu(4, 1, 64, 4) == "the pages lie on several devices: call it inside jax.shard_map"
 
 
 @pytest.mark.parametrize(
@@ -243,8 +262,8 @@ def test_latent_attention_on_tpu_says_why(page, dtype, value_dim, reason):
     assert reason in _paged_on_tpu(4, 1, page, 4, dtype, value_dim)
 
 
-def _paged_on_tpu(rows, queries, page, pages, dtype="bfloat16", value_dim=512):
-    q, pool = array(rows, queries, 16, 576), array(rows * pages, page, 640, dtype=jnp.dtype(dtype))
+def _paged_on_tpu(rows, queries, page, pages, dtype="bfloat16", value_dim=512, queries_of=jnp.bfloat16):
+    q, pool = array(rows, queries, 16, 576, dtype=queries_of), array(rows * pages, page, 640, dtype=jnp.dtype(dtype))
     return latent_tpu.unsupported_paged(V5P, q, pool, array(rows, pages), None, value_dim, 0.1, None)
 
 

@@ -1,5 +1,6 @@
 """Paged latent attention: every implementation against attention over each row's own positions in NumPy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,8 +15,9 @@ from kernels_pallas.latent_attention.shapes import CASES, make_case
 from oracles.attention import attend
 from oracles.compare import TOLERANCE, assert_close, worst
 
-# Rounded weights and scores over lanes of padding: bfloat16 only where the pages are.
-DTYPES = {name: case.dtype if name in ("v2", "ties") else "float32" for name, case in CASES.items()}
+# Of the queries, and of pages that hold no codes; of codes below also the other one.
+DTYPES = {name: "bfloat16" if name in ("v2", "ties", "int8") else "float32" for name in CASES}
+CODED = [name for name, case in CASES.items() if case.dtype != "bfloat16"]
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,49 @@ def test_kernel_matches_numpy(case, splits, monkeypatch):
         out = run(arguments, options, splits, interpret)
     assert out.dtype == DTYPES[case]
     assert_close(out, oracle(arguments, options), TOLERANCE[DTYPES[case]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "splits"), [("bfloat16", 1), ("bfloat16", 2), ("float32", 2)])
+@pytest.mark.parametrize("case", CODED)
+def test_coded_pages_match_numpy_with_queries_of_either_dtype_and_keys_split(case, dtype, splits, monkeypatch):
+    monkeypatch.setattr(tpu, "CHUNK", CASES[case].page)
+    arguments, options = make_case(CASES[case], dtype)
+    with interpreter() as interpret:
+        out = run(arguments, options, splits, interpret)
+    assert out.dtype == dtype
+    assert_close(out, oracle(arguments, options), TOLERANCE[dtype])
+
+
+def run_on_two_cores(case):
+    """Each takes a part of the keys, at the same time; and what is expected."""
+    arguments, options = make_case(CASES[case], DTYPES[case])
+    with interpreter("eager") as interpret:
+        out = run(arguments, options, 2, dataclasses.replace(interpret, num_cores_or_threads=2))
+    return out, oracle(arguments, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["v2", "several queries", "int4"])
+def test_two_cores_share_a_chip_s_work(case, monkeypatch):
+    monkeypatch.setattr(tpu, "CHUNK", max(tpu.CHUNK, CASES[case].page))
+    out, expected = run_on_two_cores(case)
+    assert_close(out, expected, TOLERANCE[DTYPES[case]])
+
+
+@pytest.mark.slow
+def test_a_planted_race_of_two_cores_is_found(monkeypatch):
+    """Both write their part's result to the same place."""
+    block = tpu.pl.BlockSpec
+
+    def crowded(shape=None, index_map=None, **options):
+        if shape is None or len(shape) < 4:
+            return block(shape, index_map, **options)
+        return block(shape, lambda s, *others: (0, *index_map(s, *others)[1:]), **options)
+
+    monkeypatch.setattr(tpu.pl, "BlockSpec", crowded)
+    with pytest.raises(AssertionError, match="a kernel raced"):
+        run_on_two_cores("v2")
 
 
 def test_a_planted_race_is_found_in_the_first_of_two_kernels(monkeypatch):

@@ -19,6 +19,7 @@ from dsv2_jax.config import ComputeConfig, MLAConfig
 from dsv2_jax.model import parallel, rope
 from dsv2_jax.model.attention import MLA
 from dsv2_jax.model.transformer import Transformer
+from dsv2_jax.planning import program
 from kernels_pallas.flash_attention import reference
 from oracles.compare import assert_close
 
@@ -44,20 +45,19 @@ def test_every_pair_of_blocks_is_computed_once_and_all_devices_compute_as_many(d
             np.testing.assert_array_equal(places[device, own], place * block + np.arange(block))
 
 
-def attention_flops(config: MLAConfig, length: int, devices: int) -> list[int]:
-    """Of one sequence, per device, from the lists that the code runs through."""
+@pytest.mark.parametrize("gradient", [False, True])
+def test_attention_flops_per_device_are_within_five_percent(gradient):
+    """Of the compiled program: all devices run the same one, and no number of iterations depends on which it is."""
+    length, devices, heads = 16384, 4, CONFIG.heads
+    found = program.read(attention_program(gradient, length)[0])
+    assert not found.unknown_loops
+    flops = sum(flops * times for flops, times, _ in found.products if times > 1)  # the others are projections
+    widths = CONFIG.qk_dim + CONFIG.value_dim  # scores, output; backward scores again, and four gradients
+    widths += 3 * CONFIG.qk_dim + 2 * CONFIG.value_dim if gradient else 0
+    causal = length * (length + 1) / 2 * 2 * heads * widths
+    assert causal / devices < flops < 1.05 * causal / devices  # halves of blocks on the diagonal are computed too
     block = parallel.block_size(length, devices)
-    each = 2 * block * block * config.heads * (config.qk_dim + config.value_dim)
-    return [each * len(mine) for mine in parallel.block_list(length, devices, block)]
-
-
-@pytest.mark.parametrize(("length", "devices"), [(4096, 2), (32768, 8), (131072, 16), (24, 3)])
-def test_attention_flops_per_device_are_within_five_percent(length, devices):
-    flops = attention_flops(CONFIG, length, devices)
-    assert max(flops) <= 1.05 * min(flops)
-    causal = length * (length + 1) / 2 * 2 * CONFIG.heads * (CONFIG.qk_dim + CONFIG.value_dim)
-    block = parallel.block_size(length, devices)
-    assert sum(flops) <= causal * (1 + 2 * block / length)  # nothing above the diagonal but halves of blocks
+    assert flops == 2 * block**2 * heads * widths * len(parallel.block_list(length, devices, block)[0])
 
 
 @pytest.mark.parametrize("segments", [None, (5, 17, 6)])
@@ -103,12 +103,9 @@ def collectives(text: str) -> list[tuple[str, tuple[int, ...]]]:
     return [(kind, tuple(int(size) for size in shape.split(",") if size)) for kind, shape in shapes]
 
 
-def crossing(gradient: bool) -> tuple[list[tuple[str, tuple[int, ...]]], list[tuple[int, ...]]]:
-    """The collectives of attention, or of its gradient, with its sequence on four devices; the shapes of weights.
-
-    24 positions: no number of positions that a device could send, all, its 6 or its pieces' 3, is a size of a weight.
-    """
-    mesh, length = sharding.make_mesh("context=4,data=2"), 24
+def attention_program(gradient: bool, length: int) -> tuple[str, list[tuple[int, ...]]]:
+    """Attention, or its gradient, compiled with its sequence on four devices, as text; the shapes of its weights."""
+    mesh = sharding.make_mesh("context=4,data=2")
     abstract = jax.eval_shape(lambda: MLA(MODEL, jax.random.key(0)))
 
     def attend(mla, h_BTD, segments_BT, positions_BT):
@@ -128,15 +125,17 @@ def crossing(gradient: bool) -> tuple[list[tuple[str, tuple[int, ...]]], list[tu
         placed = whole, *(x.sharding for x in arguments[1:])
         function = jax.jit(jax.grad(loss, (0, 1)) if gradient else attend, in_shardings=placed)
         text = function.lower(*arguments).compile().as_text()
-    return collectives(text), [leaf.shape for leaf in jax.tree.leaves(abstract)]
+    return text, [leaf.shape for leaf in jax.tree.leaves(abstract)]
 
 
 def assert_only_latents_cross(gradient: bool):
     """[batch, positions, kv_latent + rope_dim], their gradients and the segments; no keys or values of heads.
 
-    And weights: whole, or as parts of their gradients, a fourth along one axis.
+    And weights: whole, or as parts of their gradients, a fourth along one axis. 24 positions: no number of positions
+    that a device could send, all, its 6 or its pieces' 3, is a size of a weight.
     """
-    found, weights = crossing(gradient)
+    text, weights = attention_program(gradient, length=24)
+    found = collectives(text)
     width = CONFIG.kv_latent + CONFIG.rope_dim
     parts = [
         (*shape[:axis], shape[axis] // 4, *shape[axis + 1 :])

@@ -179,9 +179,10 @@ def parameter_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh) -> Parti
         axis = whole or next((axis for axis in candidates if room(axis, names)), None)
         if axis is None:
             dims = ", ".join(f"{axis}={sizes[axis]}" for axis in candidates)
+            rests = (sizes[axis] // math.prod(mesh.shape[name] for name in placed[axis]) for axis in candidates)
             raise ConfigError(
                 f"mesh: no dimension of a parameter of axes ({', '.join(axes)}) can be divided by "
-                f"{name}={mesh.shape[name]} too ({dims}); use a size that divides one of them, or more data"
+                f"{name}={mesh.shape[name]} too ({dims}); here {name} may be {_divisors(*rests)}; or use more data"
             )
         placed[axis] += names
     spec = [names[0] if len(names) == 1 else names or None for names in placed.values()]
@@ -328,8 +329,9 @@ def _parts(axes: tuple[str, ...] | str | None, mesh) -> int:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _divisors(number: int) -> str:
-    found = [str(n) for n in range(1, number + 1) if number % n == 0]
+def _divisors(*numbers: int) -> str:
+    """What divides one of the numbers, as a list."""
+    found = [str(n) for n in range(1, max(numbers) + 1) if any(number % n == 0 for number in numbers)]
     return ", ".join(found if len(found) <= 12 else [*found[:11], "..."])
 
 

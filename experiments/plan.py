@@ -199,10 +199,11 @@ def _compute(plan) -> list[str]:
         lines.append(f"  {'with what is recomputed':<32}{flops['with_recomputation'] / 1e12:>10.2f}")
     if plan.compiled:
         read = plan.compiled.program
-        lines.append(f"  {'in the compiled program':<32}{read.flops / 1e12:>10.2f}")
+        where = "compiled, outside of kernels" if read.opaque else "in the compiled program"
+        lines.append(f"  {where:<32}{read.flops / 1e12:>10.2f}")
         if read.opaque:
             names = ", ".join(f"{name} x{count}" for name, count in sorted(read.opaque.items()))
-            lines.append(f"    without kernels that do not tell theirs: {names}")
+            lines.append(f"    not counted, as no kernel tells its own: {names}")
         if read.unknown_loops:
             lines.append(f"    loops whose length depends on the data count once: {len(set(read.unknown_loops))}")
     lines += ["", f"{'a step takes at least':<34}{'ms':>10}"]

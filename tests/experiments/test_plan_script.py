@@ -1,9 +1,11 @@
 """experiments/plan.py: one JSON object, a page, a ranking, and errors that name the remedy."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -32,7 +34,7 @@ def test_as_a_program_it_prints_one_json_object():
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert made["compiled"] is False
-    assert "no compiler for h800" in made["not_compiled"]
+    assert "plan compiles for TPUs only, not for h800" in made["not_compiled"]
     memory = made["memory"]
     assert memory["total_bytes_per_device"] == pytest.approx(sum(memory["categories"].values()))
     assert memory["categories"]["parameters"] == pytest.approx(4 * 235.7e9 / 128, rel=2e-3)
@@ -58,6 +60,25 @@ def test_a_page(capsys, flags, batch):
         "172,800",
     ):
         assert part in page
+
+
+def test_a_page_says_which_flops_are_not_counted():
+    from dsv2_jax import presets, sharding
+    from dsv2_jax.planning import hardware, program
+    from dsv2_jax.planning import plan as planning
+
+    job = planning.Job(presets.get("v2_lite"), sharding.parse_mesh("fsdp=8"), length=4096)
+    made = planning.make_plan(job, hardware.parse_topology("v5p:2x2x2"), compiling=False)
+
+    def page(opaque):
+        read = program.Program([], [(3e12, 2, "")], opaque, [])
+        return plan.text(dataclasses.replace(made, compiled=planning.Compiled(1.0, {}, 2e9, [], read, "")))
+
+    assert re.search("in the compiled program +6.00\n", page({}))
+    assert re.search(
+        "compiled, outside of kernels +6.00\n +not counted, as no kernel tells its own: grouped_rows x52, splash x27\n",
+        page({"splash": 27, "grouped_rows": 52}),
+    )
 
 
 @pytest.mark.parametrize("path", sorted((EXPERIMENTS / "configs").glob("*.py")), ids=lambda path: path.stem)
@@ -134,7 +155,23 @@ def test_a_compiled_plan_tells_what_is_sent(capsys, step):
     assert made["compiled"]
     assert made["collectives"]["by_kind"]["all-gather"]["wire_bytes"] > 0
     assert made["memory"]["fits"]
+    assert made["memory"]["bound_bytes_per_device"] >= made["memory"]["total_bytes_per_device"]
+    assert made["memory"]["largest_temporaries"][0]["bytes"] > 0
     assert made["compile_seconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_LIBTPU, reason='needs libtpu: pip install -e ".[tpu]"')
+def test_a_decoding_step_of_lite_is_planned_where_experts_are_shared(capsys):
+    plan.main(["--preset=v2_lite", "--topology=v5p:2x2x2", "--mesh=expert=8", "--seq=1024", "--json", "--decode"])
+    made = json.loads(capsys.readouterr().out)
+    memory, kinds = made["memory"]["categories"], made["collectives"]["by_kind"]
+    assert memory["parameters"] == pytest.approx(2 * 15.7e9 / 8, rel=0.01)
+    assert memory["cache"] == pytest.approx(1024 * 27 * 576 * 2, rel=1e-4)
+    assert made["memory"]["fits"]
+    assert kinds["collective-permute"]["count"] == 2 * 7 * 26  # rows to experts and back, in every MoE layer
+    assert any("paged_latent_attention" in name for name in made["flops"]["unseen_kernels"])
+    assert any("grouped_rows" in name for name in made["flops"]["unseen_kernels"])
 
 
 @pytest.mark.slow

@@ -193,6 +193,18 @@ def test_a_compiled_step_of_microbatches_counts_them_all():
     assert three.program.flops == pytest.approx(3 * one.program.flops)
     assert three.memory["gradients"] >= one.memory["parameters"]
     assert three.memory["other arguments"] > one.memory["other arguments"]
+    made = plan.make_plan(job("data=2,fsdp=4", DENSE), hardware.parse_topology("h100:8"), compiling=False)
+    told = dataclasses.replace(made, compiled=one).to_dict()
+    kinds = told["collectives"]["by_kind"].values()
+    assert sum(row["wire_bytes_per_token"] for row in kinds) * 16 == pytest.approx(one.program.wire_bytes)
+    assert told["memory"]["bound_bytes_per_device"] == one.bound >= told["memory"]["total_bytes_per_device"]
+    held = [buffer["bytes"] for buffer in told["memory"]["largest_temporaries"]]
+    assert held == sorted(held, reverse=True)
+    assert 0 < held[0] <= sum(held) <= told["memory"]["total_bytes_per_device"]
+    assert told["loops_counted_once"] == []
+    unknown = dataclasses.replace(one.program, unknown_loops=["b", "a", "b"])
+    told = dataclasses.replace(made, compiled=dataclasses.replace(one, program=unknown)).to_dict()
+    assert told["loops_counted_once"] == ["a", "b"]
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -221,7 +233,7 @@ def test_recomputation_costs_at_most_another_forward_pass(remat):
 def test_gpus_are_planned_without_a_compiler():
     made = plan.make_plan(v2(), hardware.parse_topology("h800:8x16"))
     assert made.compiled is None
-    assert "no compiler for h800" in made.not_compiled
+    assert "plan compiles for TPUs only, not for h800" in made.not_compiled
     assert made.to_dict()["memory"]["total_bytes_per_device"] == made.estimate.total_bytes
 
 
@@ -239,9 +251,17 @@ def test_search_ranks_meshes_that_fit_first_and_only_possible_ones():
 
 @pytest.mark.parametrize(
     ("mesh", "complaint"),
-    [("expert=7", "does not divide routed_experts=160"), ("context=3", "context=3"), ("tensor=3", "does not divide")],
+    [
+        (
+            "expert=7",
+            "expert=7 does not divide routed_experts=160; expert may be 1, 2, 4, 5, 8, 10, 16, 20, 32, 40, 80",
+        ),
+        ("context=3", "context=3 cuts the sequence into 6 equal pieces, .* context may be 1, 2, 4, 8"),
+        ("tensor=3", "tensor=3 does not divide heads=128; tensor may be 1, 2, 4, 8, 16, 32, 64, 128"),
+        ("fsdp=7", r"can be divided by fsdp=7 too \(.*\); here fsdp may be 1, 2, .*8, .*; or use more data"),
+    ],
 )
-def test_impossible_meshes_say_why(mesh, complaint):
+def test_impossible_meshes_say_why_and_what_would_do(mesh, complaint):
     with pytest.raises(ConfigError, match=complaint):
         plan.make_plan(v2(mesh), V5P, compiling=False)
 

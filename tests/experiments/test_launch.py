@@ -175,6 +175,38 @@ def test_the_topology_of_the_jobset_has_its_chips():
     assert f"v5p-{2 * math.prod(map(int, sides))}" in text  # named by its cores
 
 
+@pytest.mark.parametrize("name", ["slurm.sbatch", "sky.yaml"])
+def test_the_shell_of_the_templates_parses(name):
+    text = (LAUNCH / name).read_text()
+    scripts = [text] if name == "slurm.sbatch" else [yaml.safe_load(text)[key] for key in ("setup", "run")]
+    for script in scripts:
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        assert subprocess.run(["bash", "-n"], input=script + "\nif", text=True, capture_output=True).returncode
+
+
+def test_what_gke_and_skypilot_cannot_do_without_is_there():
+    """The fields that the JobSet API (v1alpha2) and SkyPilot require for what the templates promise."""
+    jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert re.fullmatch(r"[a-z][a-z0-9-]*", jobset["metadata"]["name"])
+    (job,) = jobset["spec"]["replicatedJobs"]
+    assert job["name"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"
+    (container,) = pod["containers"]
+    assert {"name", "image", "command", "resources"} <= container.keys()
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted.keys() == {volume["name"] for volume in pod["volumes"]}
+    (workdir,) = [word for word in container["command"] if word.startswith("--workdir=")]
+    assert workdir.startswith(f"--workdir={mounted['runs']}/")  # a run outlives its pods
+
+    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+    assert {"name", "num_nodes", "resources", "workdir", "envs", "volumes", "setup", "run"} <= task.keys()
+    used = set(re.findall(r"\$(?!SKYPILOT)([A-Z]+)", task["run"]))
+    assert used == task["envs"].keys()
+    assert f'--workdir="{next(iter(task["volumes"]))}/$RUN"' in task["run"]
+
+
 @pytest.mark.parametrize(("exporting", "visible"), [(True, "0,1,2,3"), (False, "0")])
 def test_processes_find_each_other_through_slurm_and_see_all_devices_of_their_node(exporting, visible):
     """JAX takes one device a process from Slurm's variables, unless the template names them all."""

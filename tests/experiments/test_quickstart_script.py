@@ -18,8 +18,8 @@ EXPERIMENTS = pathlib.Path(common.__file__).parent
 SMALL = ("--config.train.sequence_length=32", "--config.train.batch_size=2", "--config.model.layers=2")
 
 
-def start(script: str, *arguments) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(EXPERIMENTS.parent), "JAX_NUM_CPU_DEVICES": "1"}
+def start(script: str, *arguments, devices: int = 1) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(EXPERIMENTS.parent), "JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, EXPERIMENTS / script, *SMALL, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
@@ -83,17 +83,19 @@ def test_quickstart_says_what_one_document_lacks_and_learns_six_short_ones_in_th
 
 
 @pytest.mark.slow
-def test_pretrain_goes_on_where_it_stopped(tmp_path):
+def test_pretrain_goes_on_where_it_stopped_and_on_a_mesh(tmp_path):
     folder, data = tmp_path / "run", write(tmp_path / "text", files=20, words=40)
     data = data.replace("--data", "--config.data.sources.0.paths")
     flags = [f"--config={EXPERIMENTS / 'configs' / 'quickstart.py'}", data, "--config.data.virtual_shards=2"]
-    first = start("pretrain.py", *flags, f"--workdir={folder}", "--config.train.steps=2")
+    flags += [f"--workdir={folder}"]
+    first = start("pretrain.py", *flags, "--config.train.steps=2")
     assert first.returncode == 0, first.stderr
-    second = start("pretrain.py", *flags, f"--workdir={folder}", "--config.train.steps=4")
+    second = start("pretrain.py", *flags, "--config.train.steps=4", "--config.mesh=fsdp=2", devices=2)
     assert second.returncode == 0, second.stderr
     assert "resuming after step 2 of 4" in second.stdout
     assert f"report: {folder / 'report.html'}" in second.stdout
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["2", "4"]
+    assert load_config(folder)["mesh"] == "fsdp=2"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,9 @@ is what `select.target()` and `jax.sharding.get_abstract_mesh().abstract_device`
 Mosaic kernel of a case must use the tensor cores and TMA, and stay within the limits below; a kernel that an earlier
 case compiled is printed there only. Exit code 1: a case breaks a limit or does not compile, or no kernel was seen at
 all, as where a compilation cache hands out programs.
+
+Dispatch and combine are XLA's on a GPU. Of them it is checked that they read and write the rows in as few passes as the
+package counts, and hold no copy of them.
 """
 
 import importlib.util
@@ -28,7 +31,11 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
-OPS = "grouped_matmul", "token_dispatch", "latent_attention", "flash_attention"
+from kernels_pallas.token_dispatch.shapes import abstract_cases
+from kernels_pallas.traffic import passes
+
+OPS = "grouped_matmul", "latent_attention", "flash_attention"
+PASSES = {"dispatch": 1, "combine": 1, "dispatch gradient": 1, "combine gradients": 2}  # of XLA over rows of V2
 SPILLS = 64  # bytes of a thread
 SHARED_MEMORY = 227 << 10  # bytes of a block
 INSTRUCTIONS = {"HGMMA": "tensor cores", "UTMALDG": "TMA"}  # what the machine code must contain
@@ -110,17 +117,33 @@ def check(name: str, case: tuple, mesh: jax.sharding.Mesh, dumps: Path) -> bool:
     return not broken
 
 
+def check_passes(name: str, mesh: jax.sharding.Mesh) -> bool:
+    """The same of token_dispatch/`name`: passes over arrays of a MiB or more, and temporaries of less than one."""
+    program = compiled(*abstract_cases(tile=64, implementation="xla")[name], mesh)
+    found, held = passes(program.as_text()), program.memory_analysis().temp_size_in_bytes
+    moved = ", ".join(f"{read / 2**20:.0f} MiB read, {written / 2**20:.0f} written" for read, written in found.values())
+    print(f"token_dispatch/{name}: {len(found)} passes of {PASSES[name]}: {moved}", flush=True)
+    is_kept = len(found) == PASSES[name] and held < 1 << 20
+    if not is_kept:
+        print(f"    FAILED: {list(found)}, temporaries of {held} bytes", flush=True)
+    return is_kept
+
+
 def main(parts: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
-    chosen = {name: c for name, c in cases().items() if not parts or any(part in name for part in parts)}
+    plain = {f"token_dispatch/{name}": name for name in PASSES}
+    chosen = [name for name in [*cases(), *plain] if not parts or any(part in name for part in parts)]
     if not chosen:
-        print(f"no case is called like {parts}; there are {', '.join(cases())}")
+        print(f"no case is called like {parts}; there are {', '.join([*cases(), *plain])}")
         return 1
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", MOSAIC_GPU_DUMP_TO=folder)
         mesh = hopper_mesh()
-        kept = [check(name, case, mesh, Path(folder)) for name, case in chosen.items()]
-        if not any(Path(folder).glob("*.ptxas")):
+        kept = [
+            check_passes(plain[name], mesh) if name in plain else check(name, cases()[name], mesh, Path(folder))
+            for name in chosen
+        ]
+        if not chosen[0].startswith("token_dispatch") and not any(Path(folder).glob("*.ptxas")):
             print("FAILED: no kernel was assembled, and so none was checked")
             return 1
     print(f"{sum(kept)} of {len(kept)} cases keep their limits (jax {jax.__version__}, sm_90a)")

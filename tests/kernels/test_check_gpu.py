@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractMesh, AxisType
 
 from kernels_pallas import check_gpu
+from kernels_pallas.traffic import passes
 
 IS_INSTALLED = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 SAID = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
@@ -108,6 +109,43 @@ def test_a_run_that_sees_no_kernel_fails(sees, monkeypatch, capsys):
     assert ("FAILED: no kernel was assembled" in capsys.readouterr().out) == (not sees)
 
 
+HLO = """
+ENTRY %main (x: bf16[4096,5120]) -> bf16[45056,5120] {
+  %x.1 = bf16[4096,5120]{1,0:T(8,128)(2,1)} parameter(0)
+  %i.1 = s32[45056]{0} parameter(1)
+  %pad.0 = bf16[4097,5120]{1,0:T(8,128)(2,1)} pad(%x.1, %zero), padding=0_1x0_0, metadata={op_name="f(%x.1)"}
+  %copy-start = (bf16[4096,5120]{1,0}, bf16[4096,5120]{1,0}, u32[]) copy-start(%x.1)
+  %small = s32[1000]{0} fusion(%i.1), kind=kLoop
+  %gather_fusion = bf16[45056,5120]{1,0} fusion(%pad.0, %i.1), kind=kCustom, calls=%fused_computation
+  ROOT %both = (f32[100]{0}, f32[100]{0}) fusion(%x.1, /*index=1*/%gather_fusion), kind=kInput
+}
+"""
+
+
+def test_what_a_program_moves_is_read_from_its_text():
+    """A gather reads what it writes, not its whole operand; copies ahead and small arrays are left out."""
+    row, index = 2 * 5120, 4 * 45056
+    assert passes(HLO) == {
+        "pad.0": (4096 * row, 4097 * row),
+        "gather_fusion": (45056 * row + index, 45056 * row),
+        "both": ((4096 + 45056) * row, 800),
+    }
+
+
+@pytest.mark.parametrize(
+    ("temporaries", "name", "kept"), [(0, "both", True), (1 << 20, "both", False), (0, "x", False)]
+)
+def test_dispatch_in_more_passes_or_with_a_copy_fails(temporaries, name, kept, monkeypatch, capsys):
+    """`name`: of the programs with these three passes, which is held to three."""
+    program = Program(temporaries)
+    monkeypatch.setattr(program, "as_text", lambda: HLO, raising=False)
+    monkeypatch.setattr(check_gpu, "compiled", lambda *_: program)
+    monkeypatch.setattr(check_gpu, "abstract_cases", lambda **_: {"both": (None, ()), "x": (None, ())})
+    monkeypatch.setattr(check_gpu, "PASSES", {"both": 3, "x": 2})
+    assert check_gpu.check_passes(name, None) == kept
+    assert ("FAILED" in capsys.readouterr().out) == (not kept)
+
+
 def test_a_case_that_does_not_exist_fails(capsys):
     assert check_gpu.main(["no such case"]) == 1
     assert "grouped_matmul/v2 down" in capsys.readouterr().out
@@ -184,3 +222,13 @@ def test_full_shapes_compile_within_the_limits(name, dumps, monkeypatch, capsys)
         monkeypatch.setenv(variable, value)
     assert check_gpu.check(name, check_gpu.cases()[name], check_gpu.hopper_mesh(), dumps), capsys.readouterr().out
     assert any(dumps.glob("*.ptxas"))  # else nothing was looked at
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not IS_INSTALLED, reason="JAX's CUDA plugin is not installed: kernels_pallas/check_gpu.sh brings it"
+)
+@pytest.mark.parametrize("name", check_gpu.PASSES)
+def test_rows_are_dispatched_and_combined_in_few_passes(name, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    assert check_gpu.check_passes(name, check_gpu.hopper_mesh()), capsys.readouterr().out

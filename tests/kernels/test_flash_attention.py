@@ -55,13 +55,15 @@ def test_forward_matches_numpy(name, shape, is_packed, dtype):
     assert_close(out, oracle(*qkv, None if segments is None else np.asarray(segments)), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", PORTABLE)
-def test_chunk_over_a_cache_matches_numpy(name):
+def test_chunk_over_a_cache_matches_numpy(name, dtype):
     """Queries at their own offset in each row; what lies beyond (here NaN-free garbage) is not seen."""
-    qkv = inputs(3, 4, 4, 2, 6, 5, S=90)
+    qkv = inputs(3, 4, 4, 2, 6, 5, S=90, dtype=dtype)
     offsets = jnp.array([0, 51, 86])
     out = flash_attention(*qkv, scale=SCALE, offset_B=offsets, implementation=name)
-    assert_close(out, oracle(*qkv, offsets=np.asarray(offsets)))
+    assert out.dtype == dtype
+    assert_close(out, oracle(*qkv, offsets=np.asarray(offsets)), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -24,6 +24,8 @@ def _small_blocks(monkeypatch):
         ("ragged", "float32"),
         ("blocks", "bfloat16"),
         ("grouped", "float32"),
+        pytest.param("ragged", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("grouped", "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_matches_the_reference(case, dtype):

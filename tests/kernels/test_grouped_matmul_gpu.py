@@ -70,6 +70,13 @@ def test_whole_blocks_match_the_reference(which):
     check(WHOLE, which, "nan")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case != "v2"])
+def test_whole_blocks_of_every_routing_read_nothing_that_nobody_wrote(case):
+    """Experts without rows, dead tiles, tiles of one row, and all of them dead: with WHOLE's widths."""
+    check(dataclasses.replace(CASES[case], dim=WHOLE.dim, width=WHOLE.width), "grouped_matmul", "nan")
+
+
 @pytest.mark.parametrize(
     ("case", "which"),
     [

@@ -47,6 +47,12 @@ def test_matmul_matches_the_reference(case):
     check(case, "grouped_matmul", "float32")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("which", "dtype"), [("grouped_matmul", "bfloat16"), ("grouped_swiglu", "float32")])
+def test_the_other_dtype_matches_the_reference(which, dtype):
+    check("v2", which, dtype)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_swiglu_matches_the_reference(case):
     check(case, "grouped_swiglu", "bfloat16")

@@ -137,6 +137,7 @@ def text(plan, preset: str | None = None) -> str:
         lines.append(f"  {name:<32}{_gb(have):>10}{_gb(expected):>12}")
     lines.append(f"  {'all':<32}{_gb(total):>10}{_gb(estimate.total_bytes):>12}")
     if plan.compiled:
+        lines.append(f"  {'placed, with gaps':<32}{_gb(plan.compiled.placed):>10}")
         lines.append(f"  {'bound, gaps more than once':<32}{_gb(plan.compiled.bound):>10}")
     fits = "fits" if total <= chip.hbm_bytes else "DOES NOT FIT"
     lines.append(f"  of {chip.hbm_bytes / GB:.1f} GB, {total / chip.hbm_bytes:.0%}: {fits}")

@@ -3,8 +3,9 @@
 State bytes are exact. Traffic is the least a mesh of this shape must send: compute-dtype parameter gathers (forward,
 and again where the backward pass recomputes), one reduce-scatter of the gradients, and rows sent to experts and back,
 forward and backward. The embedding counts as gathered and scattered, though its rows are looked up where they lie
-and only activations are sent: a step may send a little less than this. Activations and the bytes of HBM traffic are
-estimates, and marked so.
+and only activations are sent: a step may send a little less than this. Rows to experts are those of one round, which
+holds routing within `expert_slack` of even; what is above goes in further rounds. Activations and the bytes of HBM
+traffic are estimates, and marked so.
 """
 
 import dataclasses

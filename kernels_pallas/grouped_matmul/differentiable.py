@@ -28,6 +28,7 @@ def operations(rows: Callable, weights: Callable, total: Callable) -> tuple[Call
     def matmul_backward(interpret, residuals, dy_GF):
         x_GD, w_EDF, layout = residuals
         (dx_GD,) = rows([dy_GF], [w_EDF], layout, lambda dx: (dx,), 1, interpret, transposed=True)
+        dx_GD, x_GD, dy_GF = _first(dx_GD, x_GD, dy_GF)
         return dx_GD, weights(x_GD, dy_GF, layout, w_EDF, interpret), None
 
     grouped_matmul.defvjp(matmul_forward, matmul_backward)
@@ -46,9 +47,11 @@ def operations(rows: Callable, weights: Callable, total: Callable) -> tuple[Call
 
     def swiglu_backward(interpret, residuals, dh_GF):
         x_GD, gate_EDF, up_EDF, layout, a_GF, b_GF = residuals
-        both = swiglu.gradients(a_GF, b_GF, dh_GF), [gate_EDF, up_EDF]
-        (dx_GD,) = rows(*both, layout, lambda *dx: (total(*dx),), 1, interpret, transposed=True)
-        dgate, dup = (weights(x_GD, dy_GF, layout, w_EDF, interpret) for dy_GF, w_EDF in zip(*both))
+        da_GF, db_GF = swiglu.gradients(a_GF, b_GF, dh_GF)
+        ws = [gate_EDF, up_EDF]
+        (dx_GD,) = rows([da_GF, db_GF], ws, layout, lambda *dx: (total(*dx),), 1, interpret, transposed=True)
+        dx_GD, x_GD, da_GF, db_GF = _first(dx_GD, x_GD, da_GF, db_GF)
+        dgate, dup = (weights(x_GD, dy_GF, layout, w_EDF, interpret) for dy_GF, w_EDF in zip([da_GF, db_GF], ws))
         return dx_GD, dgate, dup, None
 
     grouped_swiglu.defvjp(swiglu_forward, swiglu_backward)
@@ -59,6 +62,11 @@ def operations(rows: Callable, weights: Callable, total: Callable) -> tuple[Call
         return rows([x_GD], codes, layout, lambda *y: (epilogue(*y),), 1, interpret, scales=scales_EF)[0]
 
     return grouped_matmul, grouped_swiglu, quantised
+
+
+def _first(dx_GD, *inputs):
+    """The rows' gradient, and what those of the weights are made of after it: then the weights themselves are gone."""
+    return jax.lax.optimization_barrier((dx_GD, *inputs))
 
 
 def _silu_times(a, b):

@@ -35,9 +35,6 @@ VERSIONS = {"v5p": "TPU_V5P", "v5e": "TPU_V5E", "v6e": "TPU_V6E"}
 bf16 = jnp.bfloat16
 
 
-LESS_OFTEN = "v2 int8", "v2 int4", "v2 lite speculative", "v2 lite float8"  # beside others of the sizes or dtypes
-
-
 @functools.cache
 def devices(chip):
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
@@ -80,16 +77,10 @@ def attention_shapes(B, T, N):
     return [((B, T, N, 192), bf16), ((B, T, N, 192), bf16), ((B, T, N, 128), bf16), ((B, T), jnp.int32)]
 
 
-EVERYWHERE = [(chip, model) for chip in CHIPS for model in ("v2", "v2 lite")]
-ON_CHIPS = pytest.mark.parametrize(("chip", "model"), EVERYWHERE)
-# Lite on v5e and v6e differs from V2 there by sizes alone: where compiling takes long it is left to the slow tests.
-OFTEN_ON_V5P = pytest.mark.parametrize(
-    ("chip", "model"),
-    [pytest.param(*x, marks=pytest.mark.slow if x[0] != "v5p" and x[1] == "v2 lite" else ()) for x in EVERYWHERE],
-)
+ON_CHIPS = pytest.mark.parametrize(("chip", "model"), [(chip, model) for chip in CHIPS for model in ("v2", "v2 lite")])
 
 
-@OFTEN_ON_V5P
+@ON_CHIPS
 def test_flash_attention(chip, model):
     heads = 128 if model == "v2" else 16
     program = compiled(chip, attention_gradients, attention_shapes(1, 4096, heads))
@@ -99,7 +90,7 @@ def test_flash_attention(chip, model):
     assert "4096,4096" not in program.as_text()
 
 
-@OFTEN_ON_V5P
+@ON_CHIPS
 def test_flash_attention_of_a_chunk_over_a_cache(chip, model):
     N, T, S = 128 if model == "v2" else 16, 512, 4096
     shapes = [((1, T, N, 192), bf16), ((1, S, N, 192), bf16), ((1, S, N, 128), bf16), ((1,), jnp.int32)]
@@ -135,7 +126,7 @@ def ffn_gradients(layout_of, gates_TK, x_TD, gate, up, down, *leaves):
     return jax.grad(loss, (0, 1, 2, 3))(x_TD, gate, up, down)
 
 
-@OFTEN_ON_V5P
+@ON_CHIPS
 def test_routed_experts(chip, model):
     case = shapes.FULL[model]
     T, K, E, D, F = case.tokens, case.choices, case.experts, case.dim, case.width
@@ -148,10 +139,7 @@ def test_routed_experts(chip, model):
     assert program.memory_analysis().temp_size_in_bytes <= rows * (6 * D + 8 * F) * 2
 
 
-@pytest.mark.parametrize(
-    ("chip", "model"),
-    [pytest.param(*x, marks=() if x == ("v5p", "v2") else pytest.mark.slow) for x in EVERYWHERE],
-)
+@ON_CHIPS
 def test_experts_of_inference(chip, model):
     """SwiGLU that keeps nothing for gradients, and the product down, which the gradients above leave out."""
     case = shapes.FULL[model]
@@ -171,16 +159,8 @@ def test_experts_of_inference(chip, model):
 MOVED = {"dispatch": 960, "combine": 760, "dispatch gradient": 760, "combine gradients": 2600}  # MiB, as its docstring
 
 
-@pytest.mark.parametrize(
-    ("chip", "name"),
-    [
-        pytest.param(
-            chip, name, marks=() if name == "dispatch" or (chip, name[-1]) == ("v5p", "s") else pytest.mark.slow
-        )
-        for chip in CHIPS
-        for name in MOVED
-    ],
-)
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", MOVED)
 def test_rows_travel_to_their_experts_and_back_in_few_bytes(chip, name):
     """At the most x with a row of zeros, or K - 1 gathered T x D, are held; no row is held in float32."""
     function, arguments = dispatch_shapes.abstract_cases(128, "tpu")[name]
@@ -198,7 +178,7 @@ def test_rows_travel_to_their_experts_and_back_in_few_bytes(chip, name):
 
 @ON_CHIPS
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("which", ["grouped_matmul", "grouped_swiglu", pytest.param("down", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["grouped_matmul", "grouped_swiglu", "down"])
 def test_weights_of_one_byte(chip, model, dtype, which):
     case, matrices = shapes.FULL[model], 2 if which == "grouped_swiglu" else 1
     E, D, F = case.experts, case.dim, case.width
@@ -217,9 +197,7 @@ def test_weights_of_one_byte(chip, model, dtype, which):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=pytest.mark.slow if x in LESS_OFTEN else ()) for x in latent_shapes.FULL]
-)
+@pytest.mark.parametrize("name", latent_shapes.FULL)
 def test_latent_attention(chip, name):
     assert_latent_attention_compiles(chip, latent_shapes.FULL[name])
 

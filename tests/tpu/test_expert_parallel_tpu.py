@@ -39,9 +39,6 @@ def both_passes(layer, y_BTD):
     return jax.value_and_grad(lambda *inputs: forward(*inputs).astype(jnp.float32).sum(), (0, 1))(layer, y_BTD)
 
 
-PASSES = pytest.mark.parametrize("function", [forward, both_passes])
-
-
 def compiled(config, function) -> str:
     """Scheduled HLO of `function` of the layer for eight v5p chips; one sequence of T tokens to a chip."""
     from jax.experimental import topologies

@@ -6,7 +6,7 @@
 #   model.jsonl          a training step of two and of four layers of Lite: two blocks are the difference; decoding; and
 #                        transformers at the same shapes, where it is installed
 # Exit code 1: a part failed; the others were still run. Gone through on a CPU:
-#   SHAPES=small PRESET=tiny BATCH=1 SEQ=64 OUT=/tmp/gone kernels_pallas/on_gpu.sh
+#   SHAPES=small PRESET=tiny BATCH=1 SEQ=64 OUT=runs/gone kernels_pallas/on_gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

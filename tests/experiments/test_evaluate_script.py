@@ -45,7 +45,8 @@ def test_the_loss_is_that_of_the_formula(evaluate, run_folder):
     np.testing.assert_allclose(found["bits_per_byte"], nll / np.log(2) / size, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", [pytest.param("data=4,fsdp=2", marks=pytest.mark.slow), "data=2,expert=2,context=2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=4,fsdp=2", "data=2,expert=2,context=2"])
 def test_a_mesh_gives_the_same(evaluate, mesh):
     alone = evaluate()
     shared = evaluate(f"--config.mesh={mesh}", "--batch=8")

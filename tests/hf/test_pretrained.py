@@ -198,6 +198,7 @@ def test_logits_do_not_depend_on_the_mesh(tmp_path, style, meshes):
     assert np.abs(found - expected_BTV[:, order]).max() <= 1e-5 * np.abs(expected_BTV).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("released", ["v2"], indirect=True)
 def test_a_model_on_a_mesh_generates_without_being_told(released):
     folder, prompts, mesh = released[0], [[1, 2, 3], [4, 5]], make_mesh(context=2)

@@ -53,7 +53,7 @@ def reached(expert_BTK):
     return goes
 
 
-@pytest.fixture(params=["stepwise", "ragged"])
+@pytest.fixture(params=["stepwise", pytest.param("ragged", marks=pytest.mark.slow)])
 def transport(request, monkeypatch):
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
     monkeypatch.setattr(Setup, "transport", exchange.TRANSPORTS[request.param])

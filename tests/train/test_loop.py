@@ -250,14 +250,14 @@ def test_balance_losses_that_are_off_are_named_and_experts_are_reported(tmp_path
     json.dumps(summary, allow_nan=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "profile", "steps", "traced"),
     [
-        pytest.param(None, ProfileConfig(start=2, steps=1), 4, 1, marks=pytest.mark.slow),
+        (None, ProfileConfig(start=2, steps=1), 4, 1),
         (3, ProfileConfig(start=2, steps=3), 6, 2),  # resumed inside the window
-        pytest.param(5, ProfileConfig(start=2, steps=3), 6, None, marks=pytest.mark.slow),  # beyond it
-        # the run ends before the window does
-        pytest.param(None, ProfileConfig(start=2, steps=10), 4, 2, marks=pytest.mark.slow),
+        (5, ProfileConfig(start=2, steps=3), 6, None),  # beyond it
+        (None, ProfileConfig(start=2, steps=10), 4, 2),  # the run ends before the window does
     ],
 )
 def test_profile_leaves_a_trace_of_the_steps_it_names(tmp_path, capsys, before, profile, steps, traced):

@@ -87,7 +87,7 @@ def assert_equal_results(found, expected):
 
 
 @pytest.mark.parametrize(
-    "text", [pytest.param(text, marks=pytest.mark.slow) for text in (*MESHES[:4], "data=1")] + [*MESHES[4:]]
+    "text", [pytest.param(text, marks=pytest.mark.slow) for text in (*MESHES[:5], "data=1")] + [*MESHES[5:]]
 )
 def test_a_mesh_gives_the_numbers_of_one_device(text):
     """Logits, loss, every gradient, loads of all experts: so all choices, whose gaps are wide enough here."""

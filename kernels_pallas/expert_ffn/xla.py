@@ -40,17 +40,19 @@ def _a_row_each(expert_TK: jax.Array, experts: int) -> TileLayout:
 
 
 def _all_experts(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD) -> jax.Array:
-    """Every expert on every token: for few tokens, of which nearly every expert has one, so all weights are read."""
-    E = gate_EDF.shape[0]
+    """Every expert on every token: for few tokens, of which nearly every expert has one, so all weights are read.
+
+    XLA on CPUs rearranges the second operand of a matmul at every call, so the weights are the first. Turned for that
+    behind a barrier, they are so once, before a decoding loop; without one XLA would turn the product instead.
+    """
+    (T, D), (E, _, F) = x_TD.shape, gate_EDF.shape
+    turned = jax.lax.optimization_barrier
+    gate_XD, up_XD = (turned(w.swapaxes(1, 2).reshape(E * F, D)) for w in (gate_EDF, up_EDF))
+    down_DX, x_DT = turned(down_EFD.reshape(E * F, D).T), turned(x_TD.T)
     gates_ET = jnp.sum(jnp.where(expert_TK == jnp.arange(E)[:, None, None], gates_TK.astype(jnp.float32), 0.0), axis=-1)
-    x_ETD = jnp.broadcast_to(x_TD, (E, *x_TD.shape))
-    a_ETF, b_ETF = (_einsum("etd,edf->etf", x_ETD, w) for w in (gate_EDF, up_EDF))
-    h_ETF = (gates_ET[..., None] * swiglu.swiglu(a_ETF, b_ETF)).astype(x_TD.dtype)
-    return jnp.sum(_einsum("etf,efd->etd", h_ETF, down_EFD), axis=0).astype(x_TD.dtype)
-
-
-def _einsum(equation: str, *operands) -> jax.Array:
-    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+    h_XT = swiglu.swiglu(dot(gate_XD, x_DT), dot(up_XD, x_DT)).reshape(E, F, T)
+    h_XT = (gates_ET[:, None] * h_XT).astype(x_TD.dtype).reshape(E * F, T)
+    return turned(dot(down_DX, h_XT)).T.astype(x_TD.dtype)
 
 
 def _tokens(x_TD, token_B) -> jax.Array:

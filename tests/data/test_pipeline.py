@@ -12,6 +12,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick import quick
 
 from dsv2_jax.config import ConfigError, DataConfig, DataError, SourceConfig
 from dsv2_jax.data.pipeline import TrainIterator, held_out_batches, merge_states
@@ -292,7 +293,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("end", ["raise SystemExit(3)", "import time; time.sleep(600)"])
+SLEEPS = "import time; time.sleep(600)"  # until it is killed
+
+
+@pytest.mark.parametrize("end", quick(["raise SystemExit(3)", SLEEPS], SLEEPS))
 def test_workers_end_with_the_trainer_however_it_ends(data, tmp_path, end):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(data[0]), end=end))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import published
 import pytest
+from quick import quick
 
 from dsv2_jax.hf.pretrained import from_pretrained
 from dsv2_jax.inference.generate import generate
@@ -78,7 +79,7 @@ def test_hidden_states_of_every_layer(opened, name):
         assert worst(state_BTD[0, 3::8], expected_TD) <= 2e-5, layer
 
 
-@pytest.mark.parametrize("name", published.CONFIGS)
+@pytest.mark.parametrize("name", quick(published.CONFIGS, "v2"))
 def test_chunked_prefill_and_cached_decoding(opened, name):
     """Two chunks, the second across the original length, are expanded; single tokens are absorbed."""
     model, tokens_T = opened(name), golden(name)["tokens"]
@@ -91,7 +92,7 @@ def test_chunked_prefill_and_cached_decoding(opened, name):
     assert worst(model.logits(jnp.concatenate(features, 1))[0], golden(name)["logits"]) <= ALLOWED
 
 
-@pytest.mark.parametrize("name", published.CONFIGS)
+@pytest.mark.parametrize("name", quick(published.CONFIGS, "v2"))
 def test_64_greedy_tokens(opened, name):
     """Case 13: the oracle's tokens, across a chunked prefill and past the original length."""
     prompt = golden(name)["tokens"][:PROMPT].tolist()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from quick import quick
 
 from dsv2_jax import presets
 from dsv2_jax.config import ConfigError
@@ -65,8 +66,13 @@ def test_greedy_decoding_is_the_argmax_of_the_forward_pass_across_prefill_chunks
     assert len({token for row in found.tokens for token in row}) > 5  # not a model that repeats one token
 
 
+LITE_YARN = {"attention__yarn": small.YARN, "attention__q_latent": None}
+
+
 @pytest.mark.parametrize(
-    "changes", [{"attention": small.GQA}, {"attention__yarn": small.YARN, "attention__q_latent": None}], ids=str
+    "changes",
+    quick([{"attention": small.GQA}, LITE_YARN], LITE_YARN),
+    ids=str,
 )
 def test_greedy_decoding_of_the_other_attentions(changes):
     found = generate(models(**changes)[1], PROMPTS, max_new_tokens=NEW, prefill_chunk=4)

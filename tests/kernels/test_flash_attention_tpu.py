@@ -20,7 +20,7 @@ def _small_blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        ("one token", "float32"),
+        pytest.param("one token", "float32", marks=pytest.mark.slow),
         ("ragged", "bfloat16"),
         ("grouped", "float32"),
         pytest.param("ragged", "float32", marks=pytest.mark.slow),

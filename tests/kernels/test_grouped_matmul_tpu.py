@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import quick
 
 from interpreter import interpreter
 from kernels_pallas import grouped_matmul as op
@@ -40,9 +41,7 @@ def check(case, which, dtype):
         assert_close(a, b, TOLERANCE[dtype], "result" if i == 0 else f"gradient {i - 1}")
 
 
-@pytest.mark.parametrize(
-    "case", ["v2", *[pytest.param(case, marks=pytest.mark.slow) for case in ("single rows", "none")]]
-)
+@pytest.mark.parametrize("case", quick(["v2", "single rows", "none"], "v2"))
 def test_matmul_matches_the_reference(case):
     check(case, "grouped_matmul", "float32")
 
@@ -53,13 +52,7 @@ def test_the_other_dtype_matches_the_reference(which, dtype):
     check("v2", which, dtype)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.slow if case in ("v2 lite", "all to one", "single rows") else ())
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize("case", quick(CASES, "v2", "one token"))
 def test_swiglu_matches_the_reference(case):
     check(case, "grouped_swiglu", "bfloat16")
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from quick import quick
 from small import GQA, MODEL, YARN, change, made
 
 from dsv2_jax import presets
@@ -44,13 +45,13 @@ def decoded(model, chunks, tokens=TOKENS, length=20):
 
 
 @pytest.mark.parametrize(("stacked", "chunks"), [(True, (14,)), (False, (5, 1, 1, 4, 1, 1, 1))], ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", quick(CONFIGS, "v2", "lite yarn"))
 def test_cached_is_uncached(name, stacked, chunks):
     out = decoded(model(name, stacked), chunks)
     assert worst(out, FORWARD(model(name), TOKENS)) < 3e-5
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", quick(CONFIGS, "v2"))
 def test_greedy_decoding_is_teacher_forcing(name):
     """Acceptance case 13: prefill in two chunks, decode greedily; every token is the argmax of the full forward."""
     loose, prompt = model(name, stacked=False), TOKENS[:, :7]
@@ -79,7 +80,7 @@ def test_the_check_of_case_13_sees_positions_that_restart(monkeypatch):
         DECODE.clear_cache()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", quick(CONFIGS, "v2"))
 def test_rows_of_different_lengths(name):
     """Right-padded prompts: each row continues at its own length, as it would alone."""
     counts_B = jnp.array([3, 6])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick import quick
 from small import MODEL, change, made, normal
 
 from dsv2_jax import presets
@@ -57,7 +58,10 @@ def test_parameters_are_float32_of_the_std_asked_for():
     assert abs(float(w[...].mean())) < 1e-4
 
 
-@pytest.mark.parametrize("attention", [presets.get("tiny").attention, GQAConfig(heads=8, kv_heads=2, head_dim=16)])
+ATTENTIONS = [presets.get("tiny").attention, GQAConfig(heads=8, kv_heads=2, head_dim=16)]
+
+
+@pytest.mark.parametrize("attention", quick(ATTENTIONS, ATTENTIONS[0]))
 def test_every_matrix_starts_at_the_std_of_the_preset_and_every_norm_at_one(attention):
     config = change(presets.get("tiny"), attention=attention)
     model = jax.jit(functools.partial(Transformer, config))(jax.random.key(0, impl="rbg"))  # quick to compile

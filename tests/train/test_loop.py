@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import small
 import small_training
+from quick import quick
 from small_training import DENSE, MOE, SyntheticRows, batch, experiment, synthetic
 
 from dsv2_jax.checkpoint import Checkpoints, load_config, restore_params
@@ -168,7 +169,7 @@ class Stopping(SyntheticRows):
         return made
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", quick([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_a_signal_saves_and_leaves_with_a_message(finished, tmp_path, capsys, number):
     before = signal.getsignal(number)
     stopping = dataclasses.replace(synthetic(), rows=Stopping(4, number))

@@ -73,7 +73,7 @@ def crossing(config, devices, y_BTD):
         ("expert=8", "dropping"),
         pytest.param("expert=8", "ragged", marks=pytest.mark.slow),
         pytest.param("expert=4,fsdp=2", "v2", marks=pytest.mark.slow),
-        ("expert=2,tensor=2,data=2", "lite"),
+        pytest.param("expert=2,tensor=2,data=2", "lite", marks=pytest.mark.slow),
         ("context=4,expert=2", "v2"),
     ],
 )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from quick import quick
 
 from dsv2_jax.inference.generate import generate_tokens
 from dsv2_jax.model.cache import make_cache
@@ -20,7 +21,7 @@ TRAINING = {
 }
 
 
-@pytest.fixture(params=TRAINING)
+@pytest.fixture(params=quick(TRAINING, "TPU v5"))
 def kind(request):
     return request.param
 

@@ -238,6 +238,7 @@ def test_a_streak_of_bad_steps_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restore_params(tmp_path, abstract.model)))
 
 
+@pytest.mark.slow
 def test_balance_losses_that_are_off_are_named_and_experts_are_reported(tmp_path, capsys):
     model = small.change(MOE, moe__balance__device=None)
     summary = run(experiment(model, steps=2), tmp_path)

@@ -42,17 +42,18 @@ def _a_row_each(expert_TK: jax.Array, experts: int) -> TileLayout:
 def _all_experts(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD) -> jax.Array:
     """Every expert on every token: for few tokens, of which nearly every expert has one, so all weights are read.
 
-    XLA on CPUs rearranges the second operand of a matmul at every call, so the weights are the first. Turned for that
-    behind a barrier, they are so once, before a decoding loop; without one XLA would turn the product instead.
+    XLA on CPUs packs the second operand of a matmul anew at every call: the weights had better be the first, with their
+    outputs leading. Behind barriers XLA transposes them once, before a decoding loop, which then holds a second copy of
+    them; without barriers it would swap the operands back.
     """
     (T, D), (E, _, F) = x_TD.shape, gate_EDF.shape
-    turned = jax.lax.optimization_barrier
-    gate_XD, up_XD = (turned(w.swapaxes(1, 2).reshape(E * F, D)) for w in (gate_EDF, up_EDF))
-    down_DX, x_DT = turned(down_EFD.reshape(E * F, D).T), turned(x_TD.T)
+    as_it_is = jax.lax.optimization_barrier
+    gate_XD, up_XD = (as_it_is(w_EDF.swapaxes(1, 2).reshape(E * F, D)) for w_EDF in (gate_EDF, up_EDF))
+    down_DX, x_DT = as_it_is(down_EFD.reshape(E * F, D).T), as_it_is(x_TD.T)
     gates_ET = jnp.sum(jnp.where(expert_TK == jnp.arange(E)[:, None, None], gates_TK.astype(jnp.float32), 0.0), axis=-1)
     h_XT = swiglu.swiglu(dot(gate_XD, x_DT), dot(up_XD, x_DT)).reshape(E, F, T)
     h_XT = (gates_ET[:, None] * h_XT).astype(x_TD.dtype).reshape(E * F, T)
-    return turned(dot(down_DX, h_XT)).T.astype(x_TD.dtype)
+    return as_it_is(dot(down_DX, h_XT)).T.astype(x_TD.dtype)
 
 
 def _tokens(x_TD, token_B) -> jax.Array:

@@ -69,11 +69,7 @@ def test_greedy_decoding_is_the_argmax_of_the_forward_pass_across_prefill_chunks
 LITE_YARN = {"attention__yarn": small.YARN, "attention__q_latent": None}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    quick([{"attention": small.GQA}, LITE_YARN], LITE_YARN),
-    ids=str,
-)
+@pytest.mark.parametrize("changes", quick([{"attention": small.GQA}, LITE_YARN], LITE_YARN), ids=str)
 def test_greedy_decoding_of_the_other_attentions(changes):
     found = generate(models(**changes)[1], PROMPTS, max_new_tokens=NEW, prefill_chunk=4)
     for prompt, continuation in zip(PROMPTS, found.tokens, strict=True):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from quick import quick
 
+from dsv2_jax.planning import hlo
 from kernels_pallas.expert_ffn import expert_ffn
 from kernels_pallas.expert_ffn.api import IMPLEMENTATIONS
 from oracles.compare import TOLERANCE, assert_close, worst
@@ -126,3 +127,30 @@ def test_errors_name_the_shapes():
             expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, implementation="xla", **named)
     with pytest.raises(ValueError, match="grouped_matmul: no implementation 'fast'"):
         expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, grouped_matmul="fast")
+
+
+def made_in_a_loop():
+    """How many arrays as large as an expert matrix of every expert a decoding loop makes anew in each step."""
+    x_TD, expert_TK, gates_TK, *weights = operands("few tokens, every expert")
+
+    def decode(x_TD, *weights):
+        def step(_, x_TD):
+            return x_TD + RUN(x_TD, expert_TK, gates_TK, *weights, implementation="xla")
+
+        return jax.lax.fori_loop(0, 5, step, x_TD)
+
+    module = hlo.parse(jax.jit(decode).lower(x_TD, *weights).compile().as_text())
+    loops = [i.called("body") for computation in module.computations.values() for i in computation.values()]
+    (body,) = [module.computations[name] for name in loops if name]
+    moved = [i for i in body.values() if i.opcode not in ("parameter", "get-tuple-element", "tuple", "bitcast")]
+    return sum(shape.size == weights[0].size for i in moved for shape in i.shapes)
+
+
+def test_weights_are_transposed_before_a_decoding_loop_and_not_in_it(monkeypatch):
+    assert made_in_a_loop() == 0
+    monkeypatch.setattr(jax.lax, "optimization_barrier", lambda x: x)
+    RUN.clear_cache()
+    try:
+        assert made_in_a_loop() > 0
+    finally:
+        RUN.clear_cache()

@@ -9,6 +9,7 @@ import optax
 import pytest
 import small
 import small_training
+from quick import quick
 from small_training import DENSE, MOE, batch, experiment
 
 from dsv2_jax.config import DroppingConfig
@@ -105,9 +106,10 @@ def test_the_state_is_donated():
     assert not kept
 
 
-def test_accumulation_does_not_change_the_step():
+@pytest.mark.parametrize("size", quick([2, 1], 1))
+def test_accumulation_does_not_change_the_step(size):
     results = {}
-    for microbatch in (8, 1):
+    for microbatch in (8, size):
         config = experiment(MOE, batch_size=8, microbatch_size=microbatch, optimizer__clip_norm=None)
         new, metrics = make_train_step(config)(fresh_state(MOE), split(uneven(8), microbatch))
         # The first moments are the gradients, to a factor; Adam's update would blow rounding up into whole steps.
@@ -115,7 +117,7 @@ def test_accumulation_does_not_change_the_step():
         results[microbatch] = jax.device_get((gradients, metrics))
     moments, metrics = results[8]
     assert min(float(np.abs(leaf).max()) for leaf in moments) > 0
-    other_moments, other = results[1]
+    other_moments, other = results[size]
     for a, b in zip(other_moments, moments, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * max(1.0, np.abs(b).max()))
     for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(metrics), strict=True):

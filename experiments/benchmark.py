@@ -71,9 +71,11 @@ def train(model, arguments) -> dict:
     import jax
     import numpy as np
 
+    from dsv2_jax import sharding
     from dsv2_jax.config import DataConfig, ExperimentConfig, OptimizerConfig, SourceConfig, TrainConfig
     from dsv2_jax.model.counting import training_flops_per_token
     from dsv2_jax.train.loop import split
+    from dsv2_jax.train.placing import Placing
     from dsv2_jax.train.state import new_state
     from dsv2_jax.train.step import make_train_step
     from dsv2_jax.types import Batch
@@ -86,13 +88,16 @@ def train(model, arguments) -> dict:
     ones_BT = np.ones(shape, np.int32)
     positions_BT = np.broadcast_to(np.arange(arguments.seq, dtype=np.int32), shape)
     batch = Batch(tokens_BT, np.roll(tokens_BT, -1, 1), ones_BT.astype(np.float32), ones_BT, positions_BT, ones_BT)
-    step, batch, held = make_train_step(config), split(batch, None), [new_state(config)]
+    mesh = common.mesh_of_cores(config)
+    batch = Placing(mesh, arguments.batch).put(split(batch, None), microbatches=True)
+    step, held = make_train_step(config, mesh), [new_state(config, mesh)]
 
     def run() -> None:
         held[0], metrics = step(held[0], batch)
         jax.block_until_ready(metrics.loss)
 
-    median = statistics.median(timed(run, arguments.repeats))
+    with sharding.use(mesh):
+        median = statistics.median(timed(run, arguments.repeats))
     tokens, flops = arguments.batch * arguments.seq, training_flops_per_token(model, arguments.seq)
     return {"tokens_per_second": tokens / median, "median_step_seconds": median, "flops_per_token": flops}
 

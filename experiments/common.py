@@ -25,6 +25,7 @@ Any field of dsv2_jax/config.py may follow as --config.section.field=value:
 
 MODELS = "a run folder (its newest checkpoint), one checkpoint, a folder as released, or an id on the Hugging Face Hub"
 STOPPED = 128 + 15  # the exit code of a program that SIGTERM has ended
+COPIES = 4 * 2**30  # bytes that the training states of all CPU devices may take, where nobody has asked for them
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
 
 
@@ -131,9 +132,34 @@ def train(config: ExperimentConfig, workdir: str) -> dict:
     from dsv2_jax.train import loop
 
     try:
-        return loop.train(config, workdir)
+        return loop.train(config, workdir, mesh=mesh_of_cores(config))
     except (CheckpointError, DataError, OSError, loop.TrainingFailed) as error:
         sys.exit(f"{_script()}: error: {error}")
+
+
+def mesh_of_cores(config: ExperimentConfig):
+    """A mesh of this machine's CPU cores, for a config that names no mesh; None: one device, such as an accelerator.
+
+    XLA runs few of a small model's operations on more than one core. As devices, each with a copy of the model and its
+    share of the rows, all cores work all the time. There are as many as share the rows evenly and whose copies of the
+    training state take at most COPIES bytes; JAX_NUM_CPU_DEVICES=1 leaves it at one. Call it before JAX is used.
+    """
+    import jax
+
+    from dsv2_jax import sharding
+    from dsv2_jax.train.state import abstract_state
+
+    chosen = jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if config.mesh is not None or chosen or jax.distributed.is_initialized():
+        return None
+    rows = config.train.microbatch_size or config.train.batch_size
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state(config)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    devices = max(n for n in range(1, cores + 1) if n == 1 or (rows % n == 0 and n * size <= COPIES))
+    if devices == 1:
+        return None
+    jax.config.update("jax_num_cpu_devices", devices)
+    return sharding.make_mesh(f"data={devices}") if jax.default_backend() == "cpu" else None
 
 
 def exit_code(arguments: argparse.Namespace, config: ExperimentConfig, result: dict) -> int:

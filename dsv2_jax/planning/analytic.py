@@ -113,7 +113,8 @@ def stored_bytes(tree, mesh: MeshShape) -> int:
 def traffic(job: Job) -> list[Traffic]:
     """The least bytes a device must send in a training step, by purpose; every microbatch sends them anew.
 
-    (XLA may gather the output matrix and the dense layers once for all microbatches, and hold them.)
+    But where every device has the whole model, gradients cross after the last one. (XLA may gather the output matrix
+    and the dense layers once for all microbatches, and hold them.)
     """
     model, mesh = job.model, job.mesh
     gathers = scatters = copies = 0.0
@@ -133,7 +134,9 @@ def traffic(job: Job) -> list[Traffic]:
     found = [
         Traffic("parameter gathers", gathers, STORAGE_AXES, False),
         Traffic("gradient reduce-scatter", scatters, STORAGE_AXES, False),
-        Traffic("gradient all-reduce", copies, ("data",), False),
+        Traffic(
+            "gradient all-reduce", copies / (job.microbatches if mesh.data == job.devices else 1), ("data",), False
+        ),
     ]
     if model.moe and mesh.expert > 1:
         rows = 4 * model.moe_layers * job.local_tokens * rows_sent(model, mesh.expert)

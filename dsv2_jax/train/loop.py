@@ -63,13 +63,15 @@ def train(
     *,
     data: Data | None = None,
     matmul_rate: float | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict:
     """Train `config` in the folder `workdir` to its end, from the newest checkpoint there; returns `summary(workdir)`.
 
     Its "step" is the last one done, less than `train.steps` where a signal stopped the run.
 
     The folder then holds config.json, checkpoints/, metrics.jsonl and tensorboard/ (and data/, unless `data` is given).
-    `matmul_rate`: FLOP/s that count as full utilisation; None measures it. SIGTERM or Ctrl-C saves and returns early.
+    `matmul_rate`: FLOP/s that count as full utilisation; None measures it. `mesh`: where to compute if `config` names
+    none; None is one device. SIGTERM or Ctrl-C saves and returns early.
     Several processes call it alike, with one folder that all see; a signal to any of them stops all.
     Raises `ConfigError` when the folder belongs to another run or the mesh is impossible, `DataError` when its data are
     damaged, `CheckpointError` when no checkpoint can be read or the next one written, `TrainingFailed` after
@@ -78,7 +80,7 @@ def train(
     workdir, settings, model = Path(workdir), config.train, config.model
     is_main = jax.process_index() == 0
     say = tqdm.tqdm.write if is_main else lambda message: None
-    mesh = open_mesh(config)
+    mesh = open_mesh(config, mesh)
     abstract = abstract_state(config, mesh)  # raises where a parameter cannot lie on the mesh
     placing = Placing(mesh, settings.microbatch_size or settings.batch_size)
     if data is None:
@@ -111,7 +113,7 @@ def train(
         log = MetricsLog(workdir, step=start, enabled=is_main)
         stack.callback(log.close)
         if matmul_rate is None:
-            matmul_rate = measure_matmul_rate(model.compute.dtype) * (mesh.size if mesh else 1)
+            matmul_rate = measure_matmul_rate(model.compute.dtype) * machines(mesh)
         say(f"matmul rate {matmul_rate / 1e9:.0f} GFLOP/s in {model.compute.dtype}; {balance_text(config)}")
         if start == 0:
             log.write(0, **data.facts, balance_losses=balance_text(config))
@@ -186,14 +188,21 @@ def summary(workdir: str | Path) -> dict:
     return result
 
 
-def open_mesh(config: ExperimentConfig) -> jax.sharding.Mesh | None:
-    """The mesh of `config` over all devices of all processes, checked against the run; None: one device."""
-    if config.mesh is None:
+def open_mesh(config: ExperimentConfig, default: jax.sharding.Mesh | None = None) -> jax.sharding.Mesh | None:
+    """The mesh of `config`, over all devices of all processes, or `default`; checked against the run."""
+    mesh = default if config.mesh is None else sharding.make_mesh(config.mesh)
+    if mesh is None:
         return None
-    mesh = sharding.make_mesh(config.mesh)
     size = config.train.microbatch_size or config.train.batch_size
     sharding.check_mesh(mesh, config.model, batch_size=size, sequence_length=config.train.sequence_length)
     return mesh
+
+
+def machines(mesh: jax.sharding.Mesh | None) -> int:
+    """How many times the rate of one device its mesh has: the CPU devices of a process share its cores."""
+    if mesh is None:
+        return 1
+    return jax.process_count() if mesh.devices.flat[0].platform == "cpu" else mesh.size
 
 
 def open_data(config: ExperimentConfig, workdir: Path, placing: Placing | None = None) -> Data:

@@ -1,5 +1,6 @@
 """One training step, `(state, batch) -> (state, metrics)`, and the sums of one held-out batch."""
 
+import dataclasses
 import functools
 
 import chex
@@ -10,7 +11,7 @@ import optax
 from dsv2_jax import sharding, types
 from dsv2_jax.config import ExperimentConfig
 from dsv2_jax.train.loss import LossParts, lm_loss
-from dsv2_jax.train.optimizer import adamw, learning_rate
+from dsv2_jax.train.optimizer import apply_adamw, learning_rate
 from dsv2_jax.train.state import State, abstract_state
 from dsv2_jax.types import Batch, MoEStats
 
@@ -44,9 +45,11 @@ def make_train_step(config: ExperimentConfig, mesh: jax.sharding.Mesh | None = N
     exactly, however unevenly the loss tokens lie. A step whose loss or gradient norm is not finite leaves parameters
     and moments as they were and is counted.
     """
-    optimizer = adamw(config.train.optimizer)
     schedule = learning_rate(config.train)
     dropping = config.model.moe.dropping if config.model.moe else None
+    gradient = _gradient
+    if mesh is not None and mesh.size == mesh.shape["data"] > 1:
+        gradient = _over_copies(mesh)
 
     def train_step(state: State, batch: Batch) -> tuple[State, StepMetrics]:
         microbatches, rows, length = batch.tokens_BT.shape
@@ -59,22 +62,13 @@ def make_train_step(config: ExperimentConfig, mesh: jax.sharding.Mesh | None = N
         if dropping and run_rows is not None:
             protected_MB = protected_MB[:, run_rows]
 
-        def objective(model, micro: Batch, protected_B):
-            parts = lm_loss(model, micro, training=True, protected_B=protected_B)
-            balance = 0.0 if parts.moe is None else jnp.sum(parts.moe.balance_3)
-            return parts.nll_sum / weight + balance / sequences, parts
-
-        gradient = jax.value_and_grad(objective, has_aux=True)
-        (loss, parts), gradients = _accumulate(functools.partial(gradient, state.model), (batch, protected_MB))
+        (loss, parts), gradients = gradient(state.model, (weight, sequences), (batch, protected_MB))
 
         gradient_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
         rate = schedule(state.sequences, microbatches * rows)
-        updates, moments = optimizer.update(gradients, state.moments, state.model)
-        model = jax.tree.map(lambda p, u: p - rate * u, state.model, updates)
-        model, moments = jax.tree.map(
-            functools.partial(jnp.where, finite), (model, moments), (state.model, state.moments)
-        )
+        update = gradients, gradient_norm, rate, finite
+        model, moments = apply_adamw(config.train.optimizer, *update, state.model, state.moments)
         bad = 1 - finite.astype(jnp.int32)
         new = State(
             model=model,
@@ -111,6 +105,36 @@ def make_train_step(config: ExperimentConfig, mesh: jax.sharding.Mesh | None = N
         in_shardings=(state_sharding, batch_sharding),
         out_shardings=(state_sharding, whole),
     )
+
+
+def _gradient(model, totals, inputs):
+    """((objective, LossParts), gradient), summed over the microbatches of `inputs`: (Batch, protected_MB or None)."""
+    weight, sequences = totals
+
+    def objective(model, micro: Batch, protected_B):
+        parts = lm_loss(model, micro, training=True, protected_B=protected_B)
+        balance = 0.0 if parts.moe is None else jnp.sum(parts.moe.balance_3)
+        return parts.nll_sum / weight + balance / sequences, parts
+
+    return _accumulate(functools.partial(jax.value_and_grad(objective, has_aux=True), model), inputs)
+
+
+def _over_copies(mesh: jax.sharding.Mesh):
+    """`_gradient` where every device has the whole model: each computes its rows, and the sums cross once a step."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+
+    def local(model, totals, inputs):
+        if not on_cpu:
+            return jax.lax.psum(_gradient(model, totals, inputs), "data")
+        # Devices that are cores of one machine gain nothing by sending early, and the faster one waits each time: all
+        # crosses after the last layer. The totals cannot, and are made a condition of the first layer (weight > 0): or
+        # one device computes what does not need them while the other waits.
+        batch, protected_MB = inputs
+        batch = dataclasses.replace(batch, tokens_BT=jnp.where(totals[0] > 0, batch.tokens_BT, 0))
+        return jax.lax.psum(jax.lax.optimization_barrier(_gradient(model, totals, (batch, protected_MB))), "data")
+
+    whole, rows = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(None, "data")
+    return jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, rows), out_specs=whole, check_vma=False)
 
 
 def _accumulate(function, inputs):

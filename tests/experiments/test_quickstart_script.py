@@ -18,8 +18,11 @@ EXPERIMENTS = pathlib.Path(common.__file__).parent
 SMALL = ("--config.train.sequence_length=32", "--config.train.batch_size=2", "--config.model.layers=2")
 
 
-def start(script: str, *arguments, devices: int = 1) -> subprocess.CompletedProcess:
+def start(script: str, *arguments, devices: int | None = 1) -> subprocess.CompletedProcess:
+    """devices: of the CPU; None leaves them to the script."""
     environment = os.environ | {"PYTHONPATH": str(EXPERIMENTS.parent), "JAX_NUM_CPU_DEVICES": str(devices)}
+    if devices is None:
+        del environment["JAX_NUM_CPU_DEVICES"]
     command = [sys.executable, EXPERIMENTS / script, *SMALL, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
@@ -64,7 +67,7 @@ def test_quickstart_on_files_of_ones_own_from_start_to_a_longer_run(tmp_path):
     assert f"Its report: {folder / 'report.html'}" in again.stdout
     assert contents(folder) == before
 
-    further = start("quickstart.py", data, f"--workdir={folder}", "--steps=5")
+    further = start("quickstart.py", data, f"--workdir={folder}", "--steps=5", devices=None)  # a core for each row
     assert "resuming after step 3 of 5" in further.stdout
     assert_shown(further)
     assert read_rows(folder)[-1]["step"] == 5

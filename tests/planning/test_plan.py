@@ -207,6 +207,15 @@ def test_a_compiled_step_of_microbatches_counts_them_all():
     assert told["loops_counted_once"] == ["a", "b"]
 
 
+def test_copies_of_the_whole_model_send_their_gradients_once_a_step():
+    jobs = [job("data=8", DENSE, microbatches=n) for n in (1, 3)]
+    one, three = (plan.compile_training(each, jax.devices()[:8]).program.by_kind() for each in jobs)
+    assert one.keys() == three.keys() == {"all-reduce"}
+    assert three["all-reduce"]["wire_bytes"] == one["all-reduce"]["wire_bytes"]
+    least = [sum(sent.nbytes for sent in analytic.traffic(each)) for each in jobs]
+    assert least == pytest.approx([one["all-reduce"]["wire_bytes"]] * 2, rel=1e-3)  # and the sums of loss and tokens
+
+
 # --- time ------------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import small_training
 from quick import quick
 from small_training import DENSE, MOE, SyntheticRows, batch, experiment, synthetic
 
+from dsv2_jax import sharding
 from dsv2_jax.checkpoint import Checkpoints, load_config, restore_params
 from dsv2_jax.config import (
     BatchRampConfig,
@@ -27,7 +28,7 @@ from dsv2_jax.config import (
 )
 from dsv2_jax.config_io import from_json, parse
 from dsv2_jax.model.counting import training_flops_per_token
-from dsv2_jax.train.loop import TrainingFailed, balance_text, evaluate, keep_config, open_mesh, train
+from dsv2_jax.train.loop import TrainingFailed, balance_text, evaluate, keep_config, machines, open_mesh, train
 from dsv2_jax.train.loss import lm_loss
 from dsv2_jax.train.metrics import read_rows
 from dsv2_jax.train.state import abstract_state
@@ -294,3 +295,8 @@ def test_the_real_pipeline_end_to_end(tmp_path):
     assert summary["data/text/removed/exact_duplicate"] == 1
     assert read_rows(tmp_path / "run")[0]["data/text/removed/exact_duplicate"] == 1
     assert 0 < summary["unigram_bits_per_byte"] < summary["held_out/bits_per_byte"] < 20
+
+
+def test_devices_of_a_cpu_share_its_matmul_rate():
+    gpu = SimpleNamespace(devices=np.array([[SimpleNamespace(platform="gpu")] * 4]), size=4)
+    assert [machines(mesh) for mesh in (None, sharding.make_mesh("data=8"), gpu)] == [1, 1, 4]

@@ -1,19 +1,22 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import small
 import small_training
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv2_jax.checkpoint import to_dict
 from dsv2_jax.config import BatchRampConfig, ConfigError, OptimizerConfig, TrainConfig
 from dsv2_jax.model.transformer import Transformer
-from dsv2_jax.train.optimizer import adamw, batch_schedule, decay_mask, learning_rate, total_sequences
+from dsv2_jax.train.optimizer import adamw, apply_adamw, batch_schedule, decay_mask, learning_rate, total_sequences
 from oracles import optimizer as oracle
 
 
@@ -94,18 +97,67 @@ def noise(tree, seed, std):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, std, leaf.shape), leaf.dtype), tree)
 
 
+def stepped(config):
+    """`apply_adamw`, with the norm that it is given in a step."""
+
+    def step(gradients, rate, finite, model, moments):
+        norm = optax.tree.norm(gradients)
+        return apply_adamw(config, gradients, norm, rate, finite, model, moments)
+
+    return jax.jit(step)
+
+
 def test_updates_equal_the_oracle():
     config = OptimizerConfig(peak_lr=1.0)
     model = small.made(lambda key: Transformer(small_training.DENSE, key))
-    optimizer, lr = adamw(config), 0.01
-    moments, update = optimizer.init(model), jax.jit(optimizer.update)
+    moments, update, lr = adamw(config).init(model), stepped(config), 0.01
     assert {leaf.dtype for leaf in jax.tree.leaves(moments)[1:]} == {jnp.dtype("float32")}
     flat = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(model)]
     m = v = [np.zeros_like(leaf) for leaf in flat]
     for step in (1, 2, 3):
         gradient = noise(model, step, 0.1 if step > 1 else 1e-3)
-        updates, moments = update(gradient, moments, model)
-        model = jax.tree.map(lambda p, u: p - lr * u, model, updates)
+        model, moments = update(gradient, lr, True, model, moments)
         flat, m, v = oracle.adamw(flat, jax.tree.leaves(gradient), m, v, step, lr)
         for name, actual, desired in zip(to_dict(model), jax.tree.leaves(model), flat, strict=False):
             np.testing.assert_allclose(actual, desired, rtol=2e-5, atol=2e-6, err_msg=f"{name}, step {step}")
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, None])
+def test_a_step_is_that_of_optax(clip_norm):
+    config = OptimizerConfig(peak_lr=1.0, clip_norm=clip_norm, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3)
+    model, optimizer = small.made(lambda key: Transformer(small_training.DENSE, key)), adamw(config)
+    found = expected = (model, optimizer.init(model))
+    step, update = stepped(config), jax.jit(optimizer.update)
+    for seed, size in enumerate((1e-3, 0.1)):  # shorter than the limit, longer
+        gradient = noise(model, seed, size)
+        found = step(gradient, 0.01, True, *found)
+        updates, moments = update(gradient, *reversed(expected))
+        expected = jax.tree.map(lambda p, u: p - 0.01 * u, expected[0], updates), moments
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for actual, desired in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-6)
+    gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), gradient)
+    for actual, before in zip(*map(jax.tree.leaves, (step(gradient, 0.01, False, *found), found)), strict=True):
+        np.testing.assert_array_equal(actual, before)
+
+
+def test_on_cpus_no_moment_is_copied():
+    """The new ones take the place of the old ones. What optax gives, kept where it is finite, copies them."""
+    config, optimizer = OptimizerConfig(peak_lr=1.0), adamw(OptimizerConfig(peak_lr=1.0))
+    model = nnx.Param(jax.ShapeDtypeStruct((384, 256), jnp.float32), axes=("embed", "mlp"))
+
+    def kept_after(gradients, rate, finite, model, moments):
+        updates, new = optimizer.update(gradients, moments, model)
+        new = jax.tree.map(lambda p, u: p - rate * u, model, updates), new
+        return jax.tree.map(functools.partial(jnp.where, finite), new, (model, moments))
+
+    def copies(update):
+        def step(x, model, moments):
+            gradients = jax.grad(lambda model: jnp.sum(jnp.tanh(x @ model[...])))(model)
+            return update(gradients, 0.01, jnp.isfinite(optax.tree.norm(gradients)), model, moments)
+
+        arguments = jax.ShapeDtypeStruct((8, 384), jnp.float32), model, jax.eval_shape(optimizer.init, model)
+        compiled = jax.jit(step, donate_argnums=(1, 2)).lower(*arguments).compile()
+        return len(re.findall(r"= f32\[384,256\]\S* copy\(", compiled.as_text()))
+
+    assert copies(stepped(config)) == 0 < copies(kept_after)

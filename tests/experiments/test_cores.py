@@ -1,0 +1,48 @@
+"""A script that trains takes as many cores of a CPU as share its rows, unless the user says which devices to take."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from quick import quick
+
+import common
+
+EXPERIMENTS = pathlib.Path(common.__file__).parent
+CORES = """\
+import dataclasses, os, sys
+os.sched_getaffinity = lambda _: set(range(int(sys.argv[1])))
+import common
+config = common.load_config(sys.argv[2], [field.split("=", 1) for field in sys.argv[3:]])
+mesh = common.mesh_of_cores(config)
+import jax
+print(mesh and mesh.shape["data"], jax.device_count())
+"""
+
+
+@pytest.mark.parametrize(
+    ("cores", "rows", "fields", "environment", "found"),
+    quick(
+        [
+            (3, 8, [], {}, "2 2"),  # batches of 8 rows are not shared by three evenly
+            (3, 9, ["train.microbatch_size=3"], {}, "3 3"),
+            (3, 7, [], {}, "None 1"),
+            (3, 8, ["mesh=data=1"], {}, "None 1"),
+            (3, 8, [], {"JAX_NUM_CPU_DEVICES": "1"}, "None 1"),
+            (3, 8, [], {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, "None 4"),
+            (8, 8, ["model.vocab_size=300000"], {}, "4 4"),  # of 0.9 GB each, 4 GiB hold four
+        ],
+        (3, 8, [], {}, "2 2"),
+        (3, 8, [], {"JAX_NUM_CPU_DEVICES": "1"}, "None 1"),
+    ),
+)
+def test_devices_are_cores_that_share_the_rows(cores, rows, fields, environment, found):
+    config = EXPERIMENTS / "configs" / "quickstart.py"
+    command = [sys.executable, "-c", CORES, str(cores), str(config), f"train.batch_size={rows}", *fields]
+    inherited = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    paths = os.pathsep.join([str(EXPERIMENTS), str(EXPERIMENTS.parent)])
+    environment = inherited | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"} | environment
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == found, done.stderr

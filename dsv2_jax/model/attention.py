@@ -80,7 +80,9 @@ class MLA(nnx.Module):
     def absorbed(self, q_C_BTNH, q_R_BTNP, latents_BSC, offset_B) -> jax.Array:
         """The same, with W_UK folded into the query and W_UV into the output: no key or value of a head is formed."""
         w_uk_RNH, w_uv_RNV = jnp.split(self.w_ukv[...].astype(q_C_BTNH.dtype), [self.config.nope_dim], axis=-1)
-        q_latent_BTNR = jnp.einsum("btnh,rnh->btnr", q_C_BTNH, w_uk_RNH)
+        # As each head multiplies by them; behind a barrier they are cut once, before a decoding loop, not in it.
+        w_uk_NHR, w_uv_NRV = jax.lax.optimization_barrier((w_uk_RNH.transpose(1, 2, 0), w_uv_RNV.swapaxes(0, 1)))
+        q_latent_BTNR = jnp.einsum("btnh,nhr->btnr", q_C_BTNH, w_uk_NHR)
         o_BTNR = latent_attention(
             jnp.concatenate([q_latent_BTNR, q_R_BTNP], axis=-1),
             latents_BSC,
@@ -89,7 +91,7 @@ class MLA(nnx.Module):
             scale=rope.softmax_scale(self.config.qk_dim, self.config.yarn),
             implementation=self.compute.latent_attention,
         )
-        return jnp.einsum("btnr,rnv->btnv", o_BTNR, w_uv_RNV)
+        return jnp.einsum("btnr,nrv->btnv", o_BTNR, w_uv_NRV)
 
     @property
     def longest_absorbed(self) -> int:

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loops import made_in_the_loop
 from quick import quick
 
-from dsv2_jax.planning import hlo
 from kernels_pallas.expert_ffn import expert_ffn
 from kernels_pallas.expert_ffn.api import IMPLEMENTATIONS
 from oracles.compare import TOLERANCE, assert_close, worst
@@ -139,11 +139,7 @@ def made_in_a_loop():
 
         return jax.lax.fori_loop(0, 5, step, x_TD)
 
-    module = hlo.parse(jax.jit(decode).lower(x_TD, *weights).compile().as_text())
-    loops = [i.called("body") for computation in module.computations.values() for i in computation.values()]
-    (body,) = [module.computations[name] for name in loops if name]
-    moved = [i for i in body.values() if i.opcode not in ("parameter", "get-tuple-element", "tuple", "bitcast")]
-    return sum(shape.size == weights[0].size for i in moved for shape in i.shapes)
+    return made_in_the_loop(jax.jit(decode).lower(x_TD, *weights).compile(), {weights[0].size})
 
 
 def test_weights_are_transposed_before_a_decoding_loop_and_not_in_it(monkeypatch):

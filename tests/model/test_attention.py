@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loops import made_in_the_loop
 from small import MODEL, YARN, change, made, normal, packed
 
 from dsv2_jax import presets
@@ -140,6 +141,31 @@ def test_absorbed_is_expanded(name, dtype):
     assert_close(ABSORBED(mla, q_C_BTNH, q_R_BTNP, latents_BSC, offset_B), expanded, TOLERANCE[dtype])
     swapped = ABSORBED(mla, q_C_BTNH[:, :, ::-1], q_R_BTNP, latents_BSC, offset_B)  # heads in the wrong order
     assert worst(swapped, expanded) > 0.1
+
+
+def cut_in_a_loop():
+    """How many arrays as large as W_UK, W_UV or both of all heads a decoding loop makes anew at every token."""
+    mla = module("lite")
+
+    def decode(mla, h_BTD, cache_BSC):
+        def step(i, carry):
+            h_BTD, cache_BSC = carry
+            place_B = jnp.full(2, i)
+            return mla.decode(h_BTD, angles(mla, place_B[:, None]), cache_BSC, place_B)
+
+        return jax.lax.fori_loop(0, 7, step, (h_BTD, cache_BSC))
+
+    config = mla.config
+    widths = config.nope_dim, config.value_dim, config.nope_dim + config.value_dim
+    cache_BSC = jnp.zeros((2, 7, config.kv_latent + config.rope_dim))
+    compiled = jax.jit(decode).lower(mla, normal(0, 2, 1, 20), cache_BSC).compile()
+    return made_in_the_loop(compiled, {config.kv_latent * config.heads * width for width in widths})
+
+
+def test_matrices_of_heads_are_cut_before_a_decoding_loop_and_not_in_it(monkeypatch):
+    assert cut_in_a_loop() == 0
+    monkeypatch.setattr(jax.lax, "optimization_barrier", lambda x: x)
+    assert cut_in_a_loop() > 0
 
 
 def test_absorbing_is_chosen_where_it_is_cheaper():

@@ -74,7 +74,7 @@ def crossing(config, devices, y_BTD):
         pytest.param("expert=8", "ragged", marks=pytest.mark.slow),
         pytest.param("expert=4,fsdp=2", "v2", marks=pytest.mark.slow),
         pytest.param("expert=2,tensor=2,data=2", "lite", marks=pytest.mark.slow),
-        ("context=4,expert=2", "v2"),
+        pytest.param("context=4,expert=2", "v2", marks=pytest.mark.slow),  # the quick mesh of test_meshes
     ],
 )
 def test_equals_one_device(mesh, name, monkeypatch):

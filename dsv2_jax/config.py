@@ -405,7 +405,7 @@ class ExperimentConfig:
     model: ModelConfig
     train: TrainConfig
     data: DataConfig
-    mesh: str | None = None  # devices along each axis, as in "fsdp=16,expert=8" (sharding.py); None: one device
+    mesh: str | None = None  # "fsdp=16,expert=8": devices along each axis (sharding.py); None: one, or a CPU's cores
 
     def __post_init__(self):
         length, most = self.train.sequence_length, self.model.max_length

@@ -176,7 +176,7 @@ def test_damaged_data_and_a_full_disk_end_a_run_with_one_line(tmp_path, monkeypa
     with pytest.raises(SystemExit, match=f"error: {file} is truncated or no ArrayRecord file .*prepare the data again"):
         common.train(config, str(tmp_path / "run"))
 
-    def fail(config, workdir):
+    def fail(config, workdir, mesh):
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
     monkeypatch.setattr(loop, "train", fail)

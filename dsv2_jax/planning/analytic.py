@@ -131,12 +131,12 @@ def traffic(job: Job) -> list[Traffic]:
             scatters += (used - stored) * width
         holders = mesh.data if len(axes) > 1 else job.devices
         copies += 2 * (holders - 1) / holders * stored * GRADIENT_BYTES
+    if mesh.data == job.devices:
+        copies /= job.microbatches  # they cross once a step
     found = [
         Traffic("parameter gathers", gathers, STORAGE_AXES, False),
         Traffic("gradient reduce-scatter", scatters, STORAGE_AXES, False),
-        Traffic(
-            "gradient all-reduce", copies / (job.microbatches if mesh.data == job.devices else 1), ("data",), False
-        ),
+        Traffic("gradient all-reduce", copies, ("data",), False),
     ]
     if model.moe and mesh.expert > 1:
         rows = 4 * model.moe_layers * job.local_tokens * rows_sent(model, mesh.expert)

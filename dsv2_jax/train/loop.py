@@ -166,10 +166,7 @@ def train(
             # Skipped steps leave the parameters as they were, but a streak of them must not push out good checkpoints;
             # the end of the run is saved always, so that the run is complete.
             if must_save and (bad_steps == 0 or done == settings.steps):
-                tree = {"params": state.model, "training": training_part(state)}
-                places = gather_json(data.rows.get_state())
-                iterator = data.merge(places) if len(places) > 1 else places[0]
-                checkpoints.save(done, **tree, iterator=iterator, config=config_io.to_dict(config))
+                _save(checkpoints, done, state, data, config)
             if must_save or must_evaluate:
                 progress.restart_clock()
             if stopping and done < settings.steps:
@@ -178,6 +175,14 @@ def train(
                 break
         checkpoints.wait()
     return summary(workdir) | {"step": done}
+
+
+def _save(checkpoints: Checkpoints, step: int, state: State, data: Data, config: ExperimentConfig) -> None:
+    """{state, iterator, config}; the iterator's place is that of the rows of all processes."""
+    places = gather_json(data.rows.get_state())
+    iterator = data.merge(places) if len(places) > 1 else places[0]
+    tree = {"params": state.model, "training": training_part(state)}
+    checkpoints.save(step, **tree, iterator=iterator, config=config_io.to_dict(config))
 
 
 def summary(workdir: str | Path) -> dict:

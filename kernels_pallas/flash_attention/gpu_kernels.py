@@ -151,6 +151,24 @@ def _place():
     return (lax.axis_index(name) for name in ("batch", "head", "block", "group"))
 
 
+def _forward_scratch(H: int, V: int, dtype, copies: int) -> list:
+    """Shared memory and barriers of the forward kernel; `copies` arrive for the rows kept, and for a tile of keys."""
+    return [
+        plgpu.SMEM((2, ROWS, H), dtype),
+        plgpu.SMEM((STAGES, BLOCK, H), dtype),
+        plgpu.SMEM((STAGES, BLOCK, V), dtype),
+        plgpu.SMEM((2, ROWS), jnp.int32),
+        plgpu.SMEM((STAGES, BLOCK), jnp.int32),
+        plgpu.SMEM((2, ROWS), jnp.float32),
+        plgpu.Barrier(num_barriers=2, num_arrivals=copies),
+        plgpu.Barrier(num_barriers=STAGES, num_arrivals=copies),
+        plgpu.Barrier(num_barriers=STAGES, num_arrivals=2),
+        plgpu.Barrier(num_barriers=STAGES),
+        plgpu.Barrier(num_barriers=STAGES, num_arrivals=2),
+        plgpu.Barrier(num_arrivals=2),
+    ]
+
+
 def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False, marks_BS=None):
     """Returns o_BTNV and log_sum_BNT; exact softmax by a running maximum (FlashAttention-2, arXiv 2307.08691).
 
@@ -159,7 +177,7 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False, marks_BS=N
         the last key. None: they are the queries' own.
     """
     (B, T, N, H), (K, V), dtype = q_BTNH.shape, v_BTKV.shape[2:], q_BTNH.dtype
-    blocks, extra, before = T // BLOCK, 1 if segments else 0, k_BTKH.shape[1] - T
+    blocks, before = T // BLOCK, k_BTKH.shape[1] - T
     of_keys = () if marks_BS is None else (marks_BS,)
 
     def attention(q_ref, k_ref, v_ref, *refs):
@@ -232,20 +250,7 @@ def forward(q_BTNH, k_BTKH, v_BTKV, segments, scale, interpret=False, marks_BS=N
 
     inputs = q_BTNH, k_BTKH, v_BTKV
     out_type = kernel_output((B, T, N, V), dtype, *inputs), kernel_output((B, N, T), jnp.float32, *inputs)
-    scratch = [
-        plgpu.SMEM((2, ROWS, H), dtype),
-        plgpu.SMEM((STAGES, BLOCK, H), dtype),
-        plgpu.SMEM((STAGES, BLOCK, V), dtype),
-        plgpu.SMEM((2, ROWS), jnp.int32),
-        plgpu.SMEM((STAGES, BLOCK), jnp.int32),
-        plgpu.SMEM((2, ROWS), jnp.float32),
-        plgpu.Barrier(num_barriers=2, num_arrivals=1 + extra),
-        plgpu.Barrier(num_barriers=STAGES, num_arrivals=1 + extra),
-        plgpu.Barrier(num_barriers=STAGES, num_arrivals=2),
-        plgpu.Barrier(num_barriers=STAGES),
-        plgpu.Barrier(num_barriers=STAGES, num_arrivals=2),
-        plgpu.Barrier(num_arrivals=2),
-    ]
+    scratch = _forward_scratch(H, V, dtype, copies=2 if segments else 1)
     return _call(attention, out_type, scratch, (B, N, blocks), (*inputs, *segments, *of_keys), interpret)
 
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from dsv2_jax import sharding
 from dsv2_jax.config import ModelConfig
+from kernels_pallas import projection
 from kernels_pallas.swiglu import swiglu
 
 nnx.use_eager_sharding(False)  # the mesh is applied to the whole state at once, under jit
@@ -21,7 +22,7 @@ def parameter(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], std
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _einsum(equation: str, axes: tuple[str, ...], x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x, sharding.gathered(w, axes, x.dtype))
+    return projection.project(equation, x, sharding.gathered(w, axes, x.dtype))
 
 
 def _einsum_forward(equation, axes, x, w):

@@ -17,6 +17,7 @@ from dsv2_jax.model.cache import Cache, make_cache
 from dsv2_jax.model.layers import RMSNorm, SwiGLU, parameter
 from dsv2_jax.model.moe import MoE
 from dsv2_jax.types import MoEStats
+from kernels_pallas.projection import project
 
 
 class Block(nnx.Module):
@@ -143,7 +144,7 @@ class Transformer(nnx.Module):
     def logits(self, h_D: jax.Array) -> jax.Array:
         """Scores over the vocabulary, float32 [..., V], of features [..., D]."""
         w_DV = sharding.gathered(self.unembed[...], self.unembed.get_metadata("axes"), h_D.dtype)
-        return jnp.matmul(h_D, w_DV, preferred_element_type=jnp.float32)
+        return project("...d,dv->...v", h_D, w_DV, jnp.float32)
 
     def __call__(self, tokens_BT, segments_BT=None, positions_BT=None) -> jax.Array:
         """Next-token logits, float32 [B, T, V]."""

@@ -11,15 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import swiglu
+from kernels_pallas.projection import FEW_ROWS
 from kernels_pallas.tile_loop import NT, TN, add, dot, of, over_tiles
 from kernels_pallas.tiles import TileLayout, make_layout, tile_size
-
-_FEW_TOKENS = 16  # rows up to which a matmul costs no more than reading its weights
 
 
 def expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, most) -> jax.Array:
     (T, K), E = expert_TK.shape, gate_EDF.shape[0]
-    if T <= _FEW_TOKENS and T * K >= 2 * E:
+    if T <= FEW_ROWS and T * K >= 2 * E:
         return _all_experts(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD)
     tile = tile_size(most, E)
     layout = make_layout(expert_TK, E, tile, most) if tile > 1 else _a_row_each(expert_TK, E)

@@ -1,5 +1,6 @@
 """Latent attention as two matmuls a row: the heads of a token share the cache, so they are the rows of one matrix."""
 
+import jax
 import jax.numpy as jnp
 
 _HIDDEN = -1e30
@@ -8,10 +9,11 @@ _HIDDEN = -1e30
 def latent_attention(q_BTNC, cache_BSC, offset_B, value_dim, scale):
     B, T, N, C = q_BTNC.shape
     S = cache_BSC.shape[1]
-    # The cache is the first operand, as it lies in memory: XLA on CPUs would transpose a second one, every token.
-    q_BCM = q_BTNC.reshape(B, T * N, C).swapaxes(1, 2)
-    scores_BSM = jnp.einsum("bsc,bcm->bsm", cache_BSC, q_BCM, preferred_element_type=jnp.float32)
-    scores_BTNS = scores_BSM.swapaxes(1, 2).reshape(B, T, N, S)
+    # The cache is the first operand, as it lies in memory: XLA on CPUs would pack a second one, every token. Without
+    # the barrier it would swap them.
+    q_BMC = q_BTNC.reshape(B, T * N, C)
+    scores_BSM = jnp.einsum("bsc,bmc->bsm", cache_BSC, q_BMC, preferred_element_type=jnp.float32)
+    scores_BTNS = jax.lax.optimization_barrier(scores_BSM).swapaxes(1, 2).reshape(B, T, N, S)
     visible_BTS = (offset_B[:, None] + jnp.arange(T))[:, :, None] >= jnp.arange(S)
     scores_BTNS = jnp.where(visible_BTS[:, :, None], scores_BTNS * scale, _HIDDEN)
     weights_BTNS = jnp.exp(scores_BTNS - jnp.max(scores_BTNS, axis=-1, keepdims=True))

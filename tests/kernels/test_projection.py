@@ -1,0 +1,57 @@
+"""Activations times weights: an einsum, whose weights are the first operand where a CPU has few rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from loops import made_in_the_loop
+from small import normal
+
+from kernels_pallas import projection
+from oracles.compare import TOLERANCE, assert_close
+
+EQUATIONS = {  # shapes of x behind its rows, and of w
+    "btd,df->btf": ((20,), (20, 12)),
+    "btd,dnh->btnh": ((20,), (20, 3, 5)),
+    "btnv,nvd->btd": ((3, 5), (3, 5, 20)),
+    "...d,dv->...v": ((20,), (20, 12)),
+}
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 16), (17, 1)])
+@pytest.mark.parametrize("equation", EQUATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_is_the_einsum(equation, rows, dtype):
+    inner, of_w = EQUATIONS[equation]
+    x, w = normal(0, *rows, *inner, dtype=dtype), normal(1, *of_w, dtype=dtype)
+    for asked in (None, jnp.float32):
+        y = projection.project(equation, x, w, asked)
+        assert y.dtype == (asked or dtype)
+        expected = np.einsum(equation, np.asarray(x, np.float64), np.asarray(w, np.float64))
+        assert_close(y, expected, TOLERANCE[str(y.dtype)])
+
+
+def test_gradient():
+    """Of few rows as of many."""
+    x_BD, w_DF, dy_BF = normal(0, 16, 20), normal(1, 20, 12), normal(2, 16, 12)
+    found = jax.grad(lambda *xw: jnp.sum(projection.project("bd,df->bf", *xw) * dy_BF), (0, 1))(x_BD, w_DF)
+    for found_one, expected in zip(found, (dy_BF @ w_DF.T, x_BD.T @ dy_BF), strict=True):
+        assert_close(found_one, expected, TOLERANCE["float32"])
+
+
+def made_in_a_loop():
+    """How many arrays as large as the weights a decoding loop makes anew in each step."""
+
+    def decode(x_BD, w_DD):
+        return jax.lax.fori_loop(0, 5, lambda _, x_BD: projection.project("bd,de->be", x_BD, w_DD), x_BD)
+
+    return made_in_the_loop(jax.jit(decode).lower(normal(0, 4, 24), normal(1, 24, 24)).compile(), {24 * 24})
+
+
+def test_weights_are_transposed_before_a_decoding_loop_and_not_in_it(monkeypatch):
+    assert made_in_a_loop() == 0
+    text = jax.jit(lambda x, w: projection.project("bd,de->be", x, w)).lower(normal(0, 4, 24), normal(1, 24, 32))
+    assert "optimization_barrier" in text.as_text()
+    monkeypatch.setattr(projection, "FEW_ROWS", 3)
+    plain = jax.jit(lambda x, w: projection.project("bd,de->be", x, w)).lower(normal(0, 4, 24), normal(1, 24, 32))
+    assert "optimization_barrier" not in plain.as_text()

@@ -182,44 +182,62 @@ def _over_rounds(setup: Setup, tokens, this_round, rounds, compute, carry, meanw
 
 
 def _forward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters):
-    x_TD, routes, this_round, rounds = _enter(setup, x_BTD, expert_BTK, gate_BTK)
     weights = _gather(setup, masters, x_BTD.dtype)
-
-    def compute(this, arrived, carry):
-        return local_experts.routed(
-            setup.local, *arrived, *exchange.choices(this, setup.local.experts), weights[:3]
-        ), carry
-
     meanwhile = functools.partial(local_experts.shared, weights[3:])
-    out_TD, _, shared_TD = _over_rounds(setup, (x_TD,), this_round, rounds, compute, (), meanwhile)
+    if setup.devices == 1:
+        x_TD, *choices = map(_rows, (x_BTD, expert_BTK, gate_BTK))
+        out_TD, shared_TD = local_experts.routed(setup.local, x_TD, *choices, weights[:3]), meanwhile(x_TD)
+        out_TD, sent = out_TD.astype(jnp.float32), jnp.zeros((), jnp.float32)
+    else:
+        x_TD, routes, this_round, rounds = _enter(setup, x_BTD, expert_BTK, gate_BTK)
+
+        def compute(this, arrived, carry):
+            choices = exchange.choices(this, setup.local.experts)
+            return local_experts.routed(setup.local, *arrived, *choices, weights[:3]), carry
+
+        out_TD, _, shared_TD = _over_rounds(setup, (x_TD,), this_round, rounds, compute, (), meanwhile)
+        sent = jax.lax.psum(routes.sent, (*sharding.BATCH_AXES, "context"))
     out_TD = jax.lax.psum((out_TD + shared_TD).astype(x_BTD.dtype), "tensor")
-    return out_TD.reshape(x_BTD.shape), jax.lax.psum(routes.sent, (*sharding.BATCH_AXES, "context"))
+    return out_TD.reshape(x_BTD.shape), sent
 
 
 def _backward(setup: Setup, x_BTD, expert_BTK, gate_BTK, masters, dout_BTD):
-    x_TD, routes, this_round, rounds = _enter(setup, x_BTD, expert_BTK, gate_BTK)
     weights = _gather(setup, masters, x_BTD.dtype)
-
-    def compute(this, arrived, carry):
-        dgate_PTK, dweights = carry
-        choices = exchange.choices(this, setup.local.experts)
-        dx_RD, dgate_RK, dweights = local_experts.routed_backward(
-            setup.local, *arrived, *choices, weights[:3], dweights
-        )
-        return dx_RD, (dgate_PTK + exchange.to_choices(dgate_RK, this), dweights)
+    zeros = tuple(map(jnp.zeros_like, weights[:3]))
 
     def meanwhile(x_TD, dout_TD):
         _, pull = jax.vjp(local_experts.shared, weights[3:], x_TD)
         return pull(dout_TD)
 
-    carry = jnp.zeros_like(routes.gate_PTK), tuple(map(jnp.zeros_like, weights[:3]))
-    tokens = x_TD, dout_BTD.reshape(x_TD.shape)
-    dx_TD, carry, aside = _over_rounds(setup, tokens, this_round, rounds, compute, carry, meanwhile)
-    (dgate_PTK, dweights), (dshared, dx_shared_TD) = carry, aside
+    if setup.devices == 1:
+        x_TD, dout_TD, *choices = map(_rows, (x_BTD, dout_BTD, expert_BTK, gate_BTK))
+        routed = local_experts.routed_backward(setup.local, x_TD, dout_TD, *choices, weights[:3], zeros)
+        (dx_TD, dgate_TK, dweights), aside = routed, meanwhile(x_TD, dout_TD)
+        dx_TD = dx_TD.astype(jnp.float32)
+    else:
+        x_TD, routes, this_round, rounds = _enter(setup, x_BTD, expert_BTK, gate_BTK)
+
+        def compute(this, arrived, carry):
+            dgate_PTK, dweights = carry
+            choices = exchange.choices(this, setup.local.experts)
+            dx_RD, dgate_RK, dweights = local_experts.routed_backward(
+                setup.local, *arrived, *choices, weights[:3], dweights
+            )
+            return dx_RD, (dgate_PTK + exchange.to_choices(dgate_RK, this), dweights)
+
+        carry, tokens = (jnp.zeros_like(routes.gate_PTK), zeros), (x_TD, _rows(dout_BTD))
+        dx_TD, carry, aside = _over_rounds(setup, tokens, this_round, rounds, compute, carry, meanwhile)
+        dgate_PTK, dweights = carry
+        dgate_TK = exchange.gates_back(dgate_PTK)
+    dshared, dx_shared_TD = aside
     dx_TD = jax.lax.psum((dx_TD + dx_shared_TD).astype(x_BTD.dtype), "tensor")
-    dgate_TK = jax.lax.psum(exchange.gates_back(dgate_PTK), "tensor")
+    dgate_TK = jax.lax.psum(dgate_TK, "tensor")
     dweights = _scatter(setup, (*dweights, *dshared), masters, x_BTD.dtype)
     return dx_TD.reshape(x_BTD.shape), dgate_TK.reshape(gate_BTK.shape), dweights
+
+
+def _rows(x_BTK: jax.Array) -> jax.Array:
+    return x_BTK.reshape(-1, x_BTK.shape[-1])
 
 
 def _add_copies(dw: jax.Array, spec: PartitionSpec) -> jax.Array:

@@ -35,7 +35,8 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, MoEStats]:
         with jax.named_scope("router"):
             y32_BTD, exact = y_BTD.astype(jnp.float32), jax.lax.Precision.HIGHEST
-            logits_BTE = jnp.einsum("btd,de->bte", y32_BTD, self.centroids[...], precision=exact)
+            w_DE = sharding.gathered(self.centroids[...], self.centroids.get_metadata("axes"), jnp.float32)
+            logits_BTE = jnp.einsum("btd,de->bte", y32_BTD, w_DE, precision=exact)
             routing = router.route(logits_BTE, real_BT, self.config, training=training, protected_B=protected_B)
         shared = self.shared if self.config.shared_experts else None
         if sharding.ambient() is not None:

@@ -106,15 +106,26 @@ def decode(model, arguments) -> dict:
     import jax
     import numpy as np
 
+    from dsv2_jax import sharding
     from dsv2_jax.inference.generate import generate_tokens
     from dsv2_jax.model.counting import decode_flops_per_token
     from dsv2_jax.model.transformer import Transformer
 
     prompt_BT = np.random.default_rng(0).integers(0, model.vocab_size, (arguments.batch, arguments.prompt), np.int32)
-    weights = jax.jit(lambda key: Transformer(model, key).unstacked())(jax.random.key(0))
-    median = statistics.median(
-        timed(lambda: jax.block_until_ready(generate_tokens(weights, prompt_BT, arguments.new)), arguments.repeats)
-    )
+    mesh = common.mesh_to_decode(model)
+
+    def make(key):
+        return Transformer(model, key).unstacked()
+
+    key = jax.random.key(0)
+    where = None if mesh is None else sharding.tree_shardings(jax.eval_shape(make, key), mesh)
+    weights = jax.jit(make, out_shardings=where)(key)
+
+    def run() -> None:
+        jax.block_until_ready(generate_tokens(weights, prompt_BT, arguments.new))
+
+    with sharding.use(mesh):
+        median = statistics.median(timed(run, arguments.repeats))
     flops = decode_flops_per_token(model, arguments.prompt + arguments.new // 2)
     tokens = arguments.batch * arguments.new
     per_step = median / arguments.new

@@ -146,20 +146,37 @@ def mesh_of_cores(config: ExperimentConfig):
     """
     import jax
 
-    from dsv2_jax import sharding
     from dsv2_jax.train.state import abstract_state
 
-    chosen = jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if config.mesh is not None or chosen or jax.distributed.is_initialized():
+    if config.mesh is not None or jax.distributed.is_initialized():
         return None
     rows = config.train.microbatch_size or config.train.batch_size
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state(config)))
+    return _cores_along("data", lambda n: rows % n == 0 and n * size <= COPIES)
+
+
+def mesh_to_decode(model: ModelConfig):
+    """The same for a model that continues few rows, split along `tensor`: each core reads its share of the weights."""
+    heads = {"heads", "kv_heads"} & set(vars(model.attention))
+    widths = [model.vocab_size, model.dense_width, *(getattr(model.attention, name) for name in heads)]
+    widths += [] if model.moe is None else [model.moe.expert_width]
+    return _cores_along("tensor", lambda n: all(width % n == 0 for width in widths))
+
+
+def _cores_along(axis: str, fits: Callable[[int], bool]):
+    """A mesh of the most CPU cores that fit along `axis`; None where it is one, or the user has chosen devices."""
+    import jax
+
+    from dsv2_jax import sharding
+
+    if jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    devices = max(n for n in range(1, cores + 1) if n == 1 or (rows % n == 0 and n * size <= COPIES))
+    devices = max(n for n in range(1, cores + 1) if n == 1 or fits(n))
     if devices == 1:
         return None
     jax.config.update("jax_num_cpu_devices", devices)
-    return sharding.make_mesh(f"data={devices}") if jax.default_backend() == "cpu" else None
+    return sharding.make_mesh(f"{axis}={devices}") if jax.default_backend() == "cpu" else None
 
 
 def exit_code(arguments: argparse.Namespace, config: ExperimentConfig, result: dict) -> int:

@@ -2,7 +2,7 @@
 
 Each prompt begins with BOS; with --chat it is a user's message and its continuation the answer. A continuation ends
 before a stop string, at the model's end token, or by --max_new_tokens. --config.mesh=tensor=8 spreads the model over
-devices (axes data, fsdp, expert, tensor).
+devices (axes data, fsdp, expert, tensor); without it a CPU's cores are devices along tensor.
 """
 
 import functools
@@ -44,7 +44,8 @@ def main() -> int:
     mesh = common.make_mesh(flags.overrides)
     if mesh is not None:
         sharding.check_decoding(mesh)
-    model, tokenizer = common.open_model(flags.checkpoint, flags.dtype, flags.tokenizer, mesh)
+    found = common.mesh_to_decode if mesh is None else mesh
+    model, tokenizer = common.open_model(flags.checkpoint, flags.dtype, flags.tokenizer, found)
     with sharding.use(mesh):
         write(model, tokenizer, sampling, flags)
     return 0

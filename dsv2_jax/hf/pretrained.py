@@ -4,7 +4,7 @@ import functools
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import huggingface_hub
 import jax
@@ -30,7 +30,11 @@ TOKENIZER = "tokenizer.json"
 
 
 def from_pretrained(
-    path_or_hub_id: str | pathlib.Path, *, mesh: Mesh | None = None, dtype: str | None = None, verify: bool = False
+    path_or_hub_id: str | pathlib.Path,
+    *,
+    mesh: Mesh | Callable[[ModelConfig], Mesh | None] | None = None,
+    dtype: str | None = None,
+    verify: bool = False,
 ) -> tuple[Transformer, Tokenizer | None]:
     """The model of a folder as released, of an id on the Hugging Face Hub, or of a run's folder, and its tokenizer.
 
@@ -45,7 +49,8 @@ def from_pretrained(
     Args:
       mesh: of `sharding.make_mesh("fsdp=4,expert=2")`: devices over which the parameters are split by their logical
         axes; each receives only its slice, and a compiled model computes on them. (Inside `sharding.use(mesh)`, with
-        `context` > 1, it wants and gives columns in the order of `model.parallel.zigzag`.) None: one device.
+        `context` > 1, it wants and gives columns in the order of `model.parallel.zigzag`.) None: one device. Or a
+        function that chooses it for a model: it is called before JAX is used.
       dtype: "bfloat16" or "float32", of the weights and the computation. None: as config.json states it, which is how
         the weights are stored and were trained (bfloat16, as released; float32 for float16, whose fractions bfloat16
         cannot hold); for a run, as in training.
@@ -111,9 +116,7 @@ def local_folder(path_or_hub_id: str | pathlib.Path) -> pathlib.Path | None:
 # --- as released -----------------------------------------------------------------------------------------------------
 
 
-def _load_published(
-    path: pathlib.Path, mesh: Mesh | None, dtype: str | None, verify: bool
-) -> tuple[Transformer, Tokenizer | None]:
+def _load_published(path: pathlib.Path, mesh, dtype: str | None, verify: bool) -> tuple[Transformer, Tokenizer | None]:
     json, origin = read_json(path / "config.json"), str(path / "config.json")
     config, tied = model_config(json, origin), is_tied(json, origin)
     tokenizer, folder = load_tokenizer(path / TOKENIZER, config.vocab_size), Folder(path)
@@ -125,6 +128,7 @@ def _load_published(
     for entry in mapping.table(config, tied):
         names, _ = _unstacked_place(entry.target, entry.index)
         places.setdefault(names, []).append(entry)
+    mesh = _chosen(mesh, config)
     abstract = sharding.with_shardings(_abstract(config, dtype), mesh)
     # One at a time: copies to devices are asynchronous, and keep their source.
     arrays = {names: jax.block_until_ready(_array(leaf, folder, places[names])) for names, leaf in _leaves(abstract)}
@@ -171,10 +175,10 @@ def _has_checkpoint(path) -> bool:
     return True
 
 
-def _load_checkpoint(path, mesh: Mesh | None, dtype: str | None) -> tuple[Transformer, Tokenizer | None]:
+def _load_checkpoint(path, mesh, dtype: str | None) -> tuple[Transformer, Tokenizer | None]:
     """Restored stacked, as it is stored, then taken apart array by array: the model is never there twice."""
     config = config_io.parse(ModelConfig, checkpoint.load_config(path).get("model"), "model")
-    tokenizer = load_tokenizer(find_tokenizer(path), config.vocab_size)
+    tokenizer, mesh = load_tokenizer(find_tokenizer(path), config.vocab_size), _chosen(mesh, config)
     abstract = _abstract(config, dtype)
     dtypes = {names: leaf.dtype for names, leaf in _leaves(abstract)}
     stacked = sharding.with_shardings(jax.eval_shape(functools.partial(Transformer, config), jax.random.key(0)), mesh)
@@ -200,6 +204,10 @@ def _load_checkpoint(path, mesh: Mesh | None, dtype: str | None) -> tuple[Transf
 
 
 # --- abstract models -------------------------------------------------------------------------------------------------
+
+
+def _chosen(mesh, config: ModelConfig) -> Mesh | None:
+    return mesh if mesh is None or isinstance(mesh, Mesh) else mesh(config)
 
 
 def _abstract(config: ModelConfig, dtype: str | None) -> Transformer:

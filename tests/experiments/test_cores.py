@@ -1,4 +1,4 @@
-"""A script that trains takes as many cores of a CPU as share its rows, unless the user says which devices to take."""
+"""A script takes as many cores of a CPU as share its rows, or its weights, unless the user names the devices."""
 
 import os
 import pathlib
@@ -20,6 +20,23 @@ mesh = common.mesh_of_cores(config)
 import jax
 print(mesh and mesh.shape["data"], jax.device_count())
 """
+DECODING = """\
+import os, sys
+os.sched_getaffinity = lambda _: set(range(int(sys.argv[1])))
+import common
+from dsv2_jax import presets
+mesh = common.mesh_to_decode(presets.get(sys.argv[2]))
+import jax
+print(mesh and mesh.shape["tensor"], jax.device_count())
+"""
+
+
+def run(program, *arguments, environment):
+    inherited = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    paths = os.pathsep.join([str(EXPERIMENTS), str(EXPERIMENTS.parent)])
+    environment = inherited | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"} | environment
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +57,17 @@ print(mesh and mesh.shape["data"], jax.device_count())
 )
 def test_devices_are_cores_that_share_the_rows(cores, rows, fields, environment, found):
     config = EXPERIMENTS / "configs" / "quickstart.py"
-    command = [sys.executable, "-c", CORES, str(cores), str(config), f"train.batch_size={rows}", *fields]
-    inherited = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
-    paths = os.pathsep.join([str(EXPERIMENTS), str(EXPERIMENTS.parent)])
-    environment = inherited | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"} | environment
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = run(CORES, str(cores), str(config), f"train.batch_size={rows}", *fields, environment=environment)
+    assert done.stdout.strip() == found, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cores", "preset", "environment", "found"),
+    [
+        (3, "peer_tiny", {}, "2 2"),  # eight heads are not shared by three evenly
+        (3, "peer_tiny", {"JAX_NUM_CPU_DEVICES": "1"}, "None 1"),
+    ],
+)
+def test_cores_that_decode_share_the_weights(cores, preset, environment, found):
+    done = run(DECODING, str(cores), preset, environment=environment)
     assert done.stdout.strip() == found, done.stderr

@@ -26,6 +26,7 @@ Any field of dsv2_jax/config.py may follow as --config.section.field=value:
 MODELS = "a run folder (its newest checkpoint), one checkpoint, a folder as released, or an id on the Hugging Face Hub"
 STOPPED = 128 + 15  # the exit code of a program that SIGTERM has ended
 COPIES = 4 * 2**30  # bytes that the training states of all CPU devices may take, where nobody has asked for them
+DECODING = 8  # cores that decode together: with more of them, more of a small model's step is waiting for the others
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
 
 
@@ -157,10 +158,24 @@ def mesh_of_cores(config: ExperimentConfig):
 
 def mesh_to_decode(model: ModelConfig):
     """The same for a model that continues few rows, split along `tensor`: each core reads its share of the weights."""
-    heads = {"heads", "kv_heads"} & set(vars(model.attention))
-    widths = [model.vocab_size, model.dense_width, *(getattr(model.attention, name) for name in heads)]
-    widths += [] if model.moe is None else [model.moe.expert_width]
-    return _cores_along("tensor", lambda n: all(width % n == 0 for width in widths))
+    import jax
+
+    from dsv2_jax import sharding
+    from dsv2_jax.model.transformer import Transformer
+
+    abstract = jax.eval_shape(lambda seed: Transformer(model, jax.random.key(seed)), jax.ShapeDtypeStruct((), "uint32"))
+
+    def fits(n: int) -> bool:
+        sizes = [n if axis == "tensor" else 1 for axis in sharding.MESH_AXES]
+        mesh = jax.sharding.AbstractMesh(tuple(sizes), sharding.MESH_AXES)
+        try:
+            sharding.check_mesh(mesh, model)
+            sharding.tree_shardings(abstract, mesh)
+        except ConfigError:
+            return False
+        return n <= DECODING
+
+    return _cores_along("tensor", fits)
 
 
 def _cores_along(axis: str, fits: Callable[[int], bool]):

@@ -1,5 +1,6 @@
 """A script takes as many cores of a CPU as share its rows, or its weights, unless the user names the devices."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -21,11 +22,12 @@ import jax
 print(mesh and mesh.shape["data"], jax.device_count())
 """
 DECODING = """\
-import os, sys
+import dataclasses, json, os, sys
 os.sched_getaffinity = lambda _: set(range(int(sys.argv[1])))
 import common
 from dsv2_jax import presets
-mesh = common.mesh_to_decode(presets.get(sys.argv[2]))
+model = dataclasses.replace(presets.get("peer_tiny"), **json.loads(sys.argv[2]))
+mesh = common.mesh_to_decode(model)
 import jax
 print(mesh and mesh.shape["tensor"], jax.device_count())
 """
@@ -62,12 +64,14 @@ def test_devices_are_cores_that_share_the_rows(cores, rows, fields, environment,
 
 
 @pytest.mark.parametrize(
-    ("cores", "preset", "environment", "found"),
+    ("cores", "changes", "environment", "found"),
     [
-        (3, "peer_tiny", {}, "2 2"),  # eight heads are not shared by three evenly
-        (3, "peer_tiny", {"JAX_NUM_CPU_DEVICES": "1"}, "None 1"),
+        (3, {}, {}, "2 2"),  # eight heads are not shared by three evenly
+        (3, {"dense_width": 1025}, {}, "None 1"),
+        (3, {}, {"JAX_NUM_CPU_DEVICES": "1"}, "None 1"),
+        (64, {}, {}, "8 8"),
     ],
 )
-def test_cores_that_decode_share_the_weights(cores, preset, environment, found):
-    done = run(DECODING, str(cores), preset, environment=environment)
+def test_cores_that_decode_share_the_weights(cores, changes, environment, found):
+    done = run(DECODING, str(cores), json.dumps(changes), environment=environment)
     assert done.stdout.strip() == found, done.stderr

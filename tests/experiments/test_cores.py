@@ -65,12 +65,15 @@ def test_devices_are_cores_that_share_the_rows(cores, rows, fields, environment,
 
 @pytest.mark.parametrize(
     ("cores", "changes", "environment", "found"),
-    [
-        (3, {}, {}, "2 2"),  # eight heads are not shared by three evenly
-        (3, {"dense_width": 1025}, {}, "None 1"),
-        (3, {}, {"JAX_NUM_CPU_DEVICES": "1"}, "None 1"),
-        (64, {}, {}, "8 8"),
-    ],
+    quick(
+        [
+            (3, {}, {}, "2 2"),  # eight heads are not shared by three evenly
+            (3, {"dense_width": 1025}, {}, "None 1"),
+            (3, {}, {"JAX_NUM_CPU_DEVICES": "1"}, "None 1"),
+            (64, {}, {}, "8 8"),
+        ],
+        (3, {}, {}, "2 2"),
+    ),
 )
 def test_cores_that_decode_share_the_weights(cores, changes, environment, found):
     done = run(DECODING, str(cores), json.dumps(changes), environment=environment)

@@ -4,36 +4,35 @@ import jax
 import numpy as np
 import pytest
 from loops import bodies
-from small import MODEL, change
+from small import MODEL, change, made
 
 from dsv2_jax import sharding
 from dsv2_jax.inference.generate import generate_tokens
 from dsv2_jax.model.transformer import Transformer
 
-CONFIG = change(MODEL, layers=3, attention__heads=4, vocab_size=64, dense_width=64, moe__expert_width=16)
+CONFIG = change(MODEL, layers=2, attention__heads=4, vocab_size=64, dense_width=64, moe__expert_width=16)
 PROMPT_BT = np.random.default_rng(0).integers(0, 64, (4, 5), np.int32)
 
 
-def make(key):
-    return Transformer(CONFIG, key).unstacked()
-
-
 @pytest.fixture(scope="module")
-def on_a_mesh():
-    mesh, key = sharding.make_mesh("tensor=2", jax.devices()[:2]), jax.random.key(0)
-    model = jax.jit(make, out_shardings=sharding.tree_shardings(jax.eval_shape(make, key), mesh))(key)
+def models():
+    """(on one device, compiled for a mesh, on that mesh)."""
+    mesh, alone = (
+        sharding.make_mesh("tensor=2", jax.devices()[:2]),
+        made(lambda key: Transformer(CONFIG, key).unstacked()),
+    )
+    placed = jax.device_put(alone, sharding.tree_shardings(alone, mesh))
     with sharding.use(mesh):
-        yield generate_tokens.lower(model, PROMPT_BT, 6).compile(), model
+        return alone, generate_tokens.lower(placed, PROMPT_BT, 6).compile(), placed
 
 
-def test_draws_what_one_device_draws(on_a_mesh):
-    compiled, model = on_a_mesh
-    alone = generate_tokens(jax.jit(make)(jax.random.key(0)), PROMPT_BT, 6)
-    np.testing.assert_array_equal(compiled(model, PROMPT_BT), alone)
+def test_draws_what_one_device_draws(models):
+    alone, compiled, placed = models
+    np.testing.assert_array_equal(compiled(placed, PROMPT_BT), generate_tokens(alone, PROMPT_BT, 6))
 
 
-def test_a_step_sums_once_for_the_embedding_each_attention_and_each_ffn(on_a_mesh):
+def test_a_step_sums_once_for_the_embedding_each_attention_and_each_ffn(models):
     """And twice for the likeliest of the tokens that two devices hold: its score, then its number."""
-    opcodes = [instruction.opcode for instruction in max(bodies(on_a_mesh[0]), key=len)]
+    opcodes = [instruction.opcode for instruction in max(bodies(models[1]), key=len)]
     assert opcodes.count("all-reduce") == 1 + 2 * CONFIG.layers + 2
     assert not {"all-gather", "all-to-all", "collective-permute", "reduce-scatter"} & set(opcodes)

@@ -228,7 +228,7 @@ def run(tmp_path_factory, tokenizer):
     return folder, model
 
 
-@pytest.mark.parametrize(("dtype", "mesh"), [(None, None), ("bfloat16", None), (None, dict(fsdp=2, expert=2))])
+@pytest.mark.parametrize(("dtype", "mesh"), [(None, None), ("bfloat16", dict(fsdp=2, expert=2))])
 def test_a_run_of_ours_is_taken_apart_array_by_array(run, monkeypatch, dtype, mesh):
     folder, model = run
     restored, restore = [], checkpoint.restore_params

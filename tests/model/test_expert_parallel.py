@@ -70,7 +70,7 @@ def crossing(config, devices, y_BTD):
     [
         ("expert=8", "v2"),
         pytest.param("expert=8", "lite", marks=pytest.mark.slow),
-        ("expert=8", "dropping"),
+        pytest.param("expert=8", "dropping", marks=pytest.mark.slow),
         pytest.param("expert=8", "ragged", marks=pytest.mark.slow),
         pytest.param("expert=4,fsdp=2", "v2", marks=pytest.mark.slow),
         pytest.param("expert=2,tensor=2,data=2", "lite", marks=pytest.mark.slow),

@@ -13,6 +13,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
+from quick import quick
 
 from dsv2_jax import sharding
 from dsv2_jax.config import ComputeConfig, MLAConfig
@@ -60,7 +61,7 @@ def test_attention_flops_per_device_are_within_five_percent(gradient):
     assert flops == 2 * block**2 * heads * widths * len(parallel.block_list(length, devices, block)[0])
 
 
-@pytest.mark.parametrize("segments", [None, (5, 17, 6)])
+@pytest.mark.parametrize("segments", quick([None, (5, 17, 6)], (5, 17, 6)))
 def test_attention_over_blocks_is_attention(segments):
     devices, N = 2, 3
     q, k, v = (small.normal(i, B, T, N, width) for i, width in enumerate((12, 12, 5)))

@@ -112,7 +112,7 @@ def decode(model, arguments) -> dict:
     from dsv2_jax.model.transformer import Transformer
 
     prompt_BT = np.random.default_rng(0).integers(0, model.vocab_size, (arguments.batch, arguments.prompt), np.int32)
-    mesh = common.mesh_to_decode(model)
+    mesh = common.mesh_to_decode(model, arguments.batch)
 
     def make(key):
         return Transformer(model, key).unstacked()

@@ -2,12 +2,15 @@
 
 import argparse
 import difflib
+import functools
 import importlib.util
 import json
 import os
 import pathlib
 import re
+import statistics
 import sys
+import time
 from collections.abc import Callable
 
 from dsv2_jax import config_io
@@ -27,6 +30,7 @@ MODELS = "a run folder (its newest checkpoint), one checkpoint, a folder as rele
 STOPPED = 128 + 15  # the exit code of a program that SIGTERM has ended
 COPIES = 4 * 2**30  # bytes that the training states of all CPU devices may take, where nobody has asked for them
 DECODING = 8  # cores that decode together: with more of them, more of a small model's step is waiting for the others
+WAITING = 50e-6  # seconds for which two cores wait for each other at a sum over both
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
 
 
@@ -156,14 +160,14 @@ def mesh_of_cores(config: ExperimentConfig):
     return _cores_along("data", lambda n: rows % n == 0 and n * size <= COPIES)
 
 
-def mesh_to_decode(model: ModelConfig):
+def mesh_to_decode(model: ModelConfig, rows: int = 1):
     """The same for a model that continues few rows, split along `tensor`: each core reads its share of the weights."""
     import jax
 
     from dsv2_jax import sharding
-    from dsv2_jax.model.transformer import Transformer
+    from dsv2_jax.model.counting import abstract_model
 
-    abstract = jax.eval_shape(lambda seed: Transformer(model, jax.random.key(seed)), jax.ShapeDtypeStruct((), "uint32"))
+    abstract = abstract_model(model)
 
     def fits(n: int) -> bool:
         sizes = [n if axis == "tensor" else 1 for axis in sharding.MESH_AXES]
@@ -173,9 +177,31 @@ def mesh_to_decode(model: ModelConfig):
             sharding.tree_shardings(abstract, mesh)
         except ConfigError:
             return False
-        return n <= DECODING
+        return n <= DECODING and (rows > 1 or _sharing_pays(model))
 
     return _cores_along("tensor", fits)
+
+
+@functools.cache
+def _sharing_pays(model: ModelConfig) -> bool:
+    """Whether two cores save more than their waits cost, of one row: its step takes as long as reading the weights.
+
+    How fast a core reads as many bytes is measured: caches hold the weights of a small model, or not, as it turns out.
+    """
+    import jax.numpy as jnp
+    import numpy as np
+
+    from dsv2_jax.model.counting import parameters
+
+    size = parameters(model).active_in_matmuls * jnp.dtype(model.compute.dtype).itemsize
+    sample = np.ones(min(size, 2**28) // 4, np.float32)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        sample.max()
+        seconds.append(time.perf_counter() - start)
+    waits = 2 * model.layers + 3  # for the embedding, each attention and FFN, and the likeliest token and its number
+    return size / sample.nbytes * statistics.median(seconds) / 2 > waits * WAITING
 
 
 def _cores_along(axis: str, fits: Callable[[int], bool]):

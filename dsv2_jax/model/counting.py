@@ -52,8 +52,8 @@ class Parameters:
 
 
 def abstract_model(model: ModelConfig) -> Transformer:
-    """The model with `jax.ShapeDtypeStruct` in place of every array."""
-    return jax.eval_shape(functools.partial(Transformer, model), jax.random.key(0))
+    """The model with `jax.ShapeDtypeStruct` in place of every array; no device is touched."""
+    return jax.eval_shape(lambda: Transformer(model, jax.random.key(0)))
 
 
 def _part(names: list[str]) -> str:

@@ -26,8 +26,8 @@ import dataclasses, json, os, sys
 os.sched_getaffinity = lambda _: set(range(int(sys.argv[1])))
 import common
 from dsv2_jax import presets
-model = dataclasses.replace(presets.get("peer_tiny"), **json.loads(sys.argv[2]))
-mesh = common.mesh_to_decode(model)
+model = dataclasses.replace(presets.get("peer_tiny"), **json.loads(sys.argv[3]))
+mesh = common.mesh_to_decode(model, int(sys.argv[2]))
 import jax
 print(mesh and mesh.shape["tensor"], jax.device_count())
 """
@@ -64,17 +64,19 @@ def test_devices_are_cores_that_share_the_rows(cores, rows, fields, environment,
 
 
 @pytest.mark.parametrize(
-    ("cores", "changes", "environment", "found"),
+    ("cores", "rows", "changes", "environment", "found"),
     quick(
         [
-            (3, {}, {}, "2 2"),  # eight heads are not shared by three evenly
-            (3, {"dense_width": 1025}, {}, "None 1"),
-            (3, {}, {"JAX_NUM_CPU_DEVICES": "1"}, "None 1"),
-            (64, {}, {}, "8 8"),
+            (3, 2, {}, {}, "2 2"),  # eight heads are not shared by three evenly
+            (3, 2, {"dense_width": 1025}, {}, "None 1"),
+            (3, 2, {}, {"JAX_NUM_CPU_DEVICES": "1"}, "None 1"),
+            (64, 2, {}, {}, "8 8"),
+            (3, 1, {"dense_width": 2**20}, {}, "2 2"),  # of 3 GB read a step, half a core's time is more than the waits
+            (3, 1, {"layers": 2, "vocab_size": 64, "dense_width": 64}, {}, "None 1"),  # of 4 MB it is less
         ],
-        (3, {}, {}, "2 2"),
+        (3, 2, {}, {}, "2 2"),
     ),
 )
-def test_cores_that_decode_share_the_weights(cores, changes, environment, found):
-    done = run(DECODING, str(cores), json.dumps(changes), environment=environment)
+def test_cores_that_decode_share_the_weights(cores, rows, changes, environment, found):
+    done = run(DECODING, str(cores), str(rows), json.dumps(changes), environment=environment)
     assert done.stdout.strip() == found, done.stderr

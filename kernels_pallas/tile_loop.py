@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas.tiles import TileLayout
 
 NT = (((1,), (1,)), ((), ()))  # x_BF w_DF -> x_BD
+EACH = (((2,), (1,)), ((0,), (0,)))  # x_EBD w_EDF -> x_EBF
 TN = (((0,), (0,)), ((), ()))  # x_BD y_BF -> D x F
 
 

@@ -1,6 +1,6 @@
 """The experts as one loop over the live tiles of rows, with a dynamic expert index: the useful FLOPs on any platform.
 
-(Of few tokens, of which nearly every expert has one, every expert computes all: all weights must be read anyhow.)
+(Of few tokens, of which nearly every expert has one, a tile of every expert is computed at once.)
 
 Gathering a tile's tokens, its three matmuls and adding their result to the tokens all happen in one step of the loop:
 a tile stays in the cache, and XLA on CPUs runs its independent matmuls on several cores. A row's gate scales h, so that
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 
 from kernels_pallas import swiglu
 from kernels_pallas.projection import FEW_ROWS
-from kernels_pallas.tile_loop import NT, TN, add, dot, of, over_tiles
+from kernels_pallas.tile_loop import EACH, NT, TN, add, dot, of, over_tiles
 from kernels_pallas.tiles import TileLayout, make_layout, tile_size
 
 
 def expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, most) -> jax.Array:
     (T, K), E = expert_TK.shape, gate_EDF.shape[0]
-    if T <= FEW_ROWS and T * K >= 2 * E:
-        return _all_experts(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD)
     tile = tile_size(most, E)
+    if T <= FEW_ROWS and T * K >= 2 * E:
+        return _a_tile_of_each(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, tile)
     layout = make_layout(expert_TK, E, tile, most) if tile > 1 else _a_row_each(expert_TK, E)
     return _chosen_experts(x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout)
 
@@ -38,21 +38,33 @@ def _a_row_each(expert_TK: jax.Array, experts: int) -> TileLayout:
     )
 
 
-def _all_experts(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD) -> jax.Array:
-    """Every expert on every token: for few tokens, of which nearly every expert has one, so all weights are read.
+def _a_tile_of_each(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, tile: int) -> jax.Array:
+    """The first `tile` tokens of every expert at once, then the next ones of each while an expert has more.
 
-    XLA on CPUs packs the second operand of a matmul anew at every call: the weights had better be the first, with their
-    outputs leading. Behind barriers XLA transposes them once, before a decoding loop, which then holds a second copy of
-    them; without barriers it would swap the operands back.
+    For few tokens, of which nearly every expert has one: batched matmuls read the weights where they lie, of which the
+    loop over tiles would copy a matrix at a time.
     """
-    (T, D), (E, _, F) = x_TD.shape, gate_EDF.shape
-    as_it_is = jax.lax.optimization_barrier
-    gate_XD, up_XD = (as_it_is(w_EDF.swapaxes(1, 2).reshape(E * F, D)) for w_EDF in (gate_EDF, up_EDF))
-    down_DX, x_DT = as_it_is(down_EFD.reshape(E * F, D).T), as_it_is(x_TD.T)
-    gates_ET = jnp.sum(jnp.where(expert_TK == jnp.arange(E)[:, None, None], gates_TK.astype(jnp.float32), 0.0), axis=-1)
-    h_XT = swiglu.swiglu(dot(gate_XD, x_DT), dot(up_XD, x_DT)).reshape(E, F, T)
-    h_XT = (gates_ET[:, None] * h_XT).astype(x_TD.dtype).reshape(E * F, T)
-    return as_it_is(dot(down_DX, h_XT)).T.astype(x_TD.dtype)
+    T, E = x_TD.shape[0], gate_EDF.shape[0]
+    chosen_ETK = expert_TK == jnp.arange(E)[:, None, None]
+    mine_ET = jnp.any(chosen_ETK, axis=-1)
+    place_ET = jnp.where(mine_ET, jnp.cumsum(mine_ET, axis=1) - 1, T)  # among the expert's tokens
+    place_TK = jnp.sum(jnp.where(chosen_ETK, place_ET[:, :, None], 0), axis=0)
+    gates_TK1 = gates_TK.astype(jnp.float32)[:, :, None]
+
+    def step(i, y_TD):
+        place_B1 = i * tile + jnp.arange(tile)[:, None]
+        # A place without a token computes token 0, and no token takes what it gives.
+        x_EBD = x_TD[jnp.argmax(place_ET[:, None] == place_B1, axis=-1)]
+        h_EBF = swiglu.swiglu(dot(x_EBD, gate_EDF, EACH), dot(x_EBD, up_EDF, EACH)).astype(x_TD.dtype)
+        y_TKD = dot(h_EBF, down_EFD, EACH).at[expert_TK, place_TK - i * tile].get(mode="clip")
+        here_TK = (expert_TK < E) & (place_TK // tile == i)
+        return y_TD + jnp.sum(jnp.where(here_TK[:, :, None], gates_TK1 * y_TKD, 0.0), axis=1)
+
+    def unless_done(i, y_TD):
+        return jax.lax.cond(i * tile < jnp.max(jnp.sum(mine_ET, axis=1)), step, lambda i, y_TD: y_TD, i, y_TD)
+
+    zeros_TD = jnp.zeros(x_TD.shape, jnp.float32)
+    return jax.lax.fori_loop(0, -(-T // tile), unless_done, zeros_TD).astype(x_TD.dtype)
 
 
 def _tokens(x_TD, token_B) -> jax.Array:

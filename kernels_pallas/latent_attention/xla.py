@@ -7,18 +7,16 @@ _HIDDEN = -1e30
 
 
 def latent_attention(q_BTNC, cache_BSC, offset_B, value_dim, scale):
-    B, T, N, C = q_BTNC.shape
-    S = cache_BSC.shape[1]
+    T, S = q_BTNC.shape[1], cache_BSC.shape[1]
     # The cache is the first operand, as it lies in memory: XLA on CPUs would pack a second one, every token. Without
     # the barrier it would swap them.
-    q_BMC = q_BTNC.reshape(B, T * N, C)
-    scores_BSM = jnp.einsum("bsc,bmc->bsm", cache_BSC, q_BMC, preferred_element_type=jnp.float32)
-    scores_BTNS = jax.lax.optimization_barrier(scores_BSM).swapaxes(1, 2).reshape(B, T, N, S)
+    scores_BSTN = jnp.einsum("bsc,btnc->bstn", cache_BSC, q_BTNC, preferred_element_type=jnp.float32)
+    scores_BTNS = jnp.moveaxis(jax.lax.optimization_barrier(scores_BSTN), 1, -1)
     visible_BTS = (offset_B[:, None] + jnp.arange(T))[:, :, None] >= jnp.arange(S)
     scores_BTNS = jnp.where(visible_BTS[:, :, None], scores_BTNS * scale, _HIDDEN)
     weights_BTNS = jnp.exp(scores_BTNS - jnp.max(scores_BTNS, axis=-1, keepdims=True))
     total_BTN1 = jnp.sum(weights_BTNS, axis=-1, keepdims=True)
     # Averaging the whole entry costs R + P instead of R; cutting the values out would copy the cache.
-    weights_BMS = weights_BTNS.reshape(B, T * N, S).astype(cache_BSC.dtype)
-    o_BMC = jnp.einsum("bms,bsc->bmc", weights_BMS, cache_BSC, preferred_element_type=jnp.float32)
-    return (o_BMC.reshape(B, T, N, C)[..., :value_dim] / total_BTN1).astype(q_BTNC.dtype)
+    weights_BTNS = weights_BTNS.astype(cache_BSC.dtype)
+    o_BTNC = jnp.einsum("btns,bsc->btnc", weights_BTNS, cache_BSC, preferred_element_type=jnp.float32)
+    return (o_BTNC[..., :value_dim] / total_BTN1).astype(q_BTNC.dtype)

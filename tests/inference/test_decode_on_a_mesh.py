@@ -9,6 +9,7 @@ from small import MODEL, change, made
 from dsv2_jax import sharding
 from dsv2_jax.inference.generate import generate_tokens
 from dsv2_jax.model.transformer import Transformer
+from dsv2_jax.planning import hlo
 
 CONFIG = change(MODEL, layers=2, attention__heads=4, vocab_size=64, dense_width=64, moe__expert_width=16)
 PROMPT_BT = np.random.default_rng(0).integers(0, 64, (4, 5), np.int32)
@@ -36,3 +37,12 @@ def test_a_step_sums_once_for_the_embedding_each_attention_and_each_ffn(models):
     opcodes = [instruction.opcode for instruction in max(bodies(models[1]), key=len)]
     assert opcodes.count("all-reduce") == 1 + 2 * CONFIG.layers + 2
     assert not {"all-gather", "all-to-all", "collective-permute", "reduce-scatter"} & set(opcodes)
+
+
+def test_each_device_attends_from_its_heads_to_the_prompt(models):
+    """What the prompt's chunk gathers is weights that every device needs whole, and no query, score or value."""
+    block = models[0].moe_blocks[0]
+    weights = {w[...].size for w in (block.attention.w_dq, block.attention.w_dkv, block.ffn.centroids)}
+    computations = hlo.parse(models[1].as_text()).computations.values()
+    gathers = [i for computation in computations for i in computation.values() if i.opcode == "all-gather"]
+    assert {shape.size for i in gathers for shape in i.shapes} == weights

@@ -161,7 +161,7 @@ def mesh_of_cores(config: ExperimentConfig):
 
 
 def mesh_to_decode(model: ModelConfig, rows: int = 1):
-    """The same for a model that continues few rows, split along `tensor`: each core reads its share of the weights."""
+    """The same for a model that continues `rows` texts at once, split along `tensor`: each core reads its share."""
     import jax
 
     from dsv2_jax import sharding

@@ -50,6 +50,7 @@ def _a_tile_of_each(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, tile:
     place_ET = jnp.where(mine_ET, jnp.cumsum(mine_ET, axis=1) - 1, T)  # among the expert's tokens
     place_TK = jnp.sum(jnp.where(chosen_ETK, place_ET[:, :, None], 0), axis=0)
     gates_TK1 = gates_TK.astype(jnp.float32)[:, :, None]
+    longest = jnp.max(jnp.sum(mine_ET, axis=1))
 
     def step(i, y_TD):
         place_B1 = i * tile + jnp.arange(tile)[:, None]
@@ -61,7 +62,7 @@ def _a_tile_of_each(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, tile:
         return y_TD + jnp.sum(jnp.where(here_TK[:, :, None], gates_TK1 * y_TKD, 0.0), axis=1)
 
     def unless_done(i, y_TD):
-        return jax.lax.cond(i * tile < jnp.max(jnp.sum(mine_ET, axis=1)), step, lambda i, y_TD: y_TD, i, y_TD)
+        return jax.lax.cond(i * tile < longest, step, lambda i, y_TD: y_TD, i, y_TD)
 
     zeros_TD = jnp.zeros(x_TD.shape, jnp.float32)
     return jax.lax.fori_loop(0, -(-T // tile), unless_done, zeros_TD).astype(x_TD.dtype)

@@ -32,7 +32,7 @@ def _einsum_forward(equation, axes, x, w):
 def _einsum_backward(equation, axes, residuals, dy):
     x, w = residuals
     x_axes, w_axes, y_axes = equation.replace("->", ",").split(",")
-    dx = jnp.einsum(f"{y_axes},{w_axes}->{x_axes}", dy, sharding.gathered(w, axes, dy.dtype))
+    dx = projection.einsum(f"{y_axes},{w_axes}->{x_axes}", dy, sharding.gathered(w, axes, dy.dtype))
     return dx, _weight_gradient(equation, axes, x, dy, w)
 
 
@@ -77,7 +77,7 @@ def project_local(equation: str, spec, x: jax.Array, w: jax.Array) -> jax.Array:
 
     Its gradient is this device's part of the float32 sum over the devices that share the master (see `project`).
     """
-    return jnp.einsum(equation, x, sharding.gather(sharding.cast(w, x.dtype), spec, kept=("tensor",)))
+    return projection.einsum(equation, x, sharding.gather(sharding.cast(w, x.dtype), spec, kept=("tensor",)))
 
 
 def _project_local_forward(equation, spec, x, w):
@@ -88,7 +88,7 @@ def _project_local_backward(equation, spec, residuals, dy):
     x, w = residuals
     x_axes, w_axes, y_axes = equation.replace("->", ",").split(",")
     whole = sharding.gather(sharding.cast(w, dy.dtype), spec, kept=("tensor",))
-    dx = jnp.einsum(f"{y_axes},{w_axes}->{x_axes}", dy, whole)
+    dx = projection.einsum(f"{y_axes},{w_axes}->{x_axes}", dy, whole)
     dw = jnp.einsum(f"{x_axes},{y_axes}->{w_axes}", x, dy, preferred_element_type=w.dtype)
     return dx, sharding.scatter(dw, spec, kept=("tensor",), dtype=dy.dtype)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dsv2_jax.config import ComputeConfig
 from kernels_pallas.expert_ffn import expert_ffn
+from kernels_pallas.projection import einsum
 from kernels_pallas.swiglu import swiglu
 
 
@@ -31,7 +32,8 @@ def shared(weights: tuple[jax.Array, ...], x_TD: jax.Array) -> jax.Array:
         return jnp.zeros_like(x_TD)
     with jax.named_scope("shared"):
         gate_DF, up_DF, down_FD = weights
-        return jnp.matmul(swiglu(jnp.matmul(x_TD, gate_DF), jnp.matmul(x_TD, up_DF)), down_FD)
+        h_TF = swiglu(einsum("td,df->tf", x_TD, gate_DF), einsum("td,df->tf", x_TD, up_DF))
+        return einsum("tf,fd->td", h_TF, down_FD)
 
 
 def _over_chunks(local: Local, body, carry, expert_RK: jax.Array):

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from dsv2_jax import sharding
 from dsv2_jax.model.transformer import Transformer
 from dsv2_jax.types import Batch, MoEStats, pytree
+from kernels_pallas.projection import einsum
 
 
 @pytree
@@ -95,7 +96,7 @@ def _chunk_loss(h_BCD, w_DV, target_BC, weight_BC, with_gradient: bool, vocab_ax
     is_target_BCV = target_BC[..., None] == jnp.arange(w_DV.shape[1])
     dz_BCV = exp_BCV * (weight_BC[..., None] / total_BC1) - jnp.where(is_target_BCV, weight_BC[..., None], 0.0)
     dz_BCV = dz_BCV.astype(h_BCD.dtype)
-    dh_BCD = jnp.einsum("bcv,dv->bcd", dz_BCV, w_DV)
+    dh_BCD = einsum("bcv,dv->bcd", dz_BCV, w_DV)
     dw_DV = jnp.einsum("bcd,bcv->dv", h_BCD, dz_BCV, preferred_element_type=jnp.float32)
     return nll_sum, dh_BCD, dw_DV
 

@@ -20,9 +20,11 @@ def expert_ffn(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, most) -> j
     (T, K), E = expert_TK.shape, gate_EDF.shape[0]
     tile = tile_size(most, E)
     if T <= FEW_ROWS and T * K >= 2 * E:
-        return _a_tile_of_each(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, tile)
-    layout = make_layout(expert_TK, E, tile, most) if tile > 1 else _a_row_each(expert_TK, E)
-    return _chosen_experts(x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout)
+        y_TD = _a_tile_of_each(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, tile)
+    else:
+        layout = make_layout(expert_TK, E, tile, most) if tile > 1 else _a_row_each(expert_TK, E)
+        y_TD = _chosen_experts(x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout)
+    return y_TD.astype(x_TD.dtype)
 
 
 def _a_row_each(expert_TK: jax.Array, experts: int) -> TileLayout:
@@ -39,33 +41,30 @@ def _a_row_each(expert_TK: jax.Array, experts: int) -> TileLayout:
 
 
 def _a_tile_of_each(x_TD, expert_TK, gates_TK, gate_EDF, up_EDF, down_EFD, tile: int) -> jax.Array:
-    """The first `tile` tokens of every expert at once, then the next ones of each while an expert has more.
+    """The first `tile` tokens of every expert at once; what is left where an expert has more, in the loop over tiles.
 
     For few tokens, of which nearly every expert has one: batched matmuls read the weights where they lie, of which the
-    loop over tiles would copy a matrix at a time.
+    loop would copy a matrix at a time.
     """
     T, E = x_TD.shape[0], gate_EDF.shape[0]
     chosen_ETK = expert_TK == jnp.arange(E)[:, None, None]
     mine_ET = jnp.any(chosen_ETK, axis=-1)
     place_ET = jnp.where(mine_ET, jnp.cumsum(mine_ET, axis=1) - 1, T)  # among the expert's tokens
     place_TK = jnp.sum(jnp.where(chosen_ETK, place_ET[:, :, None], 0), axis=0)
-    gates_TK1 = gates_TK.astype(jnp.float32)[:, :, None]
-    longest = jnp.max(jnp.sum(mine_ET, axis=1))
+    # A place without a token computes token 0, and no token takes what it gives.
+    x_EBD = x_TD[jnp.argmax(place_ET[:, None] == jnp.arange(tile)[:, None], axis=-1)]
+    h_EBF = swiglu.swiglu(dot(x_EBD, gate_EDF, EACH), dot(x_EBD, up_EDF, EACH)).astype(x_TD.dtype)
+    y_TKD = dot(h_EBF, down_EFD, EACH).at[expert_TK, place_TK].get(mode="clip")
+    here_TK1 = ((expert_TK < E) & (place_TK < tile))[:, :, None]
+    y_TD = jnp.sum(jnp.where(here_TK1, gates_TK.astype(jnp.float32)[:, :, None] * y_TKD, 0.0), axis=1)
 
-    def step(i, y_TD):
-        place_B1 = i * tile + jnp.arange(tile)[:, None]
-        # A place without a token computes token 0, and no token takes what it gives.
-        x_EBD = x_TD[jnp.argmax(place_ET[:, None] == place_B1, axis=-1)]
-        h_EBF = swiglu.swiglu(dot(x_EBD, gate_EDF, EACH), dot(x_EBD, up_EDF, EACH)).astype(x_TD.dtype)
-        y_TKD = dot(h_EBF, down_EFD, EACH).at[expert_TK, place_TK - i * tile].get(mode="clip")
-        here_TK = (expert_TK < E) & (place_TK // tile == i)
-        return y_TD + jnp.sum(jnp.where(here_TK[:, :, None], gates_TK1 * y_TKD, 0.0), axis=1)
+    def with_rest(y_TD):
+        layout = make_layout(jnp.where(place_TK < tile, E, expert_TK), E, tile)
+        return y_TD + _chosen_experts(x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout)
 
-    def unless_done(i, y_TD):
-        return jax.lax.cond(i * tile < longest, step, lambda i, y_TD: y_TD, i, y_TD)
-
-    zeros_TD = jnp.zeros(x_TD.shape, jnp.float32)
-    return jax.lax.fori_loop(0, -(-T // tile), unless_done, zeros_TD).astype(x_TD.dtype)
+    if tile >= T:
+        return y_TD
+    return jax.lax.cond(jnp.any(place_TK >= tile), with_rest, lambda y_TD: y_TD, y_TD)
 
 
 def _tokens(x_TD, token_B) -> jax.Array:
@@ -80,6 +79,7 @@ def _gates_of_rows(gates_TK, layout: TileLayout) -> jax.Array:
 
 @jax.custom_vjp
 def _chosen_experts(x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout: TileLayout) -> jax.Array:
+    """The sum over a token's experts of `layout`, in float32."""
     return _forward(x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout)[0]
 
 
@@ -97,12 +97,12 @@ def _forward(x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout):
 
     zeros_GF = jnp.zeros((gates_G1.shape[0], gate_EDF.shape[2]), x_TD.dtype)
     y_TD, a_GF, b_GF = over_tiles(layout, body, (jnp.zeros(x_TD.shape, jnp.float32), zeros_GF, zeros_GF))
-    return y_TD.astype(x_TD.dtype), (x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout, a_GF, b_GF)
+    return y_TD, (x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout, a_GF, b_GF)
 
 
 def _backward(residuals, dy_TD):
     x_TD, gates_TK, gate_EDF, up_EDF, down_EFD, layout, a_GF, b_GF = residuals
-    gates_G1 = _gates_of_rows(gates_TK, layout)
+    dy_TD, gates_G1 = dy_TD.astype(x_TD.dtype), _gates_of_rows(gates_TK, layout)
 
     def body(read, write, expert, outputs):
         dx_TD, dgates_G1, dgate_EDF, dup_EDF, ddown_EFD = outputs

@@ -1,4 +1,7 @@
-"""A script takes as many cores of a CPU as share its rows, or its weights, unless the user names the devices."""
+"""A script takes as many cores of a CPU as share its rows, or its weights, unless the user names the devices.
+
+And the benchmark the dtype that they multiply fastest.
+"""
 
 import json
 import os
@@ -80,3 +83,15 @@ def test_devices_are_cores_that_share_the_rows(cores, rows, fields, environment,
 def test_cores_that_decode_share_the_weights(cores, rows, changes, environment, found):
     done = run(DECODING, str(cores), str(rows), json.dumps(changes), environment=environment)
     assert done.stdout.strip() == found, done.stderr
+
+
+def test_cores_that_multiply_bfloat16_faster_do(tmp_path, monkeypatch):
+    for flags, found in (
+        ("avx512f avx512_bf16 avx512_fp16", "bfloat16"),
+        ("avx2 avx512f", "float32"),
+        (None, "float32"),
+    ):
+        monkeypatch.setattr(common, "CPUINFO", tmp_path / "cpuinfo" if flags else tmp_path / "none")
+        (tmp_path / "cpuinfo").write_text(f"model name: one\nflags\t\t: fpu {flags} vme\n")
+        assert common.dtype_of_cores("float32") == found
+        assert common.dtype_of_cores("bfloat16") == "bfloat16"

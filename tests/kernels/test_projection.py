@@ -1,4 +1,7 @@
-"""Activations times weights: an einsum, whose weights are the first operand where a CPU has few rows."""
+"""Activations times weights: an einsum, as XLA on CPUs multiplies fastest.
+
+Of few rows in float32 the weights are the first operand; in bfloat16 the result is in float32 before it is rounded.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +53,16 @@ def made_in_a_loop():
 
 def test_weights_are_transposed_before_a_decoding_loop_and_not_in_it():
     assert made_in_a_loop() == 0
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_bfloat16_lies_as_it_is_and_leaves_its_result_in_float32(rows):
+    """XLA on CPUs would else widen both operands, and keep the weights so."""
+    project = jax.jit(lambda x_BD, w_DF: projection.project("bd,df->bf", x_BD, w_DF))
+    lowered = project.lower(*(normal(0, *shape, dtype="bfloat16") for shape in ((rows, 24), (24, 32)))).as_text()
+    (product,) = [line for line in lowered.splitlines() if "dot_general" in line]
+    assert f"(tensor<{rows}x24xbf16>, tensor<24x32xbf16>) -> tensor<{rows}x32xf32>" in product
+    assert "optimization_barrier" not in lowered
 
 
 @pytest.mark.parametrize(("rows", "first"), [(1, False), (2, True), (16, True), (17, False)])

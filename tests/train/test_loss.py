@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from small import MODEL, change, made, packed
 
+from dsv2_jax import sharding
 from dsv2_jax.model.transformer import Transformer
 from dsv2_jax.train.loss import cross_entropy, lm_loss
 from dsv2_jax.types import Batch
@@ -154,3 +155,19 @@ def test_loss_chunk_reaches_the_loss():
     rows = Batch(row, row, jax.ShapeDtypeStruct((2, 1024), jnp.float32), row, row, row)
     compiled = jax.jit(jax.grad(lambda model, rows: lm_loss(model, rows).nll_sum)).lower(model, rows).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2048 * V * 4 / 4
+
+
+@pytest.mark.parametrize("shape", ["data=1", "tensor=2", "context=2"])
+def test_on_cpus_every_matmul_of_bfloat16_leaves_its_result_in_float32(shape):
+    """Forward and backward: XLA on CPUs widens the operands of others, and multiplies at half the rate."""
+    config = change(MODEL, compute__dtype="bfloat16", attention__heads=4, vocab_size=64, moe__expert_width=16)
+    mesh = sharding.make_mesh(shape, jax.devices()[:2] if "2" in shape else jax.devices()[:1])
+    model = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))
+    row = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    rows = Batch(row, row, jax.ShapeDtypeStruct((2, 16), jnp.float32), row, row, row)
+    with sharding.use(mesh):
+        lowered = jax.jit(jax.grad(lambda model, rows: lm_loss(model, rows).nll_sum)).lower(model, rows)
+    products = [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
+    multiplied = [line for line in products if "xbf16>, tensor" in line]
+    assert len(multiplied) > 30
+    assert [line for line in multiplied if line.endswith("xbf16>")] == []

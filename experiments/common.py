@@ -207,7 +207,7 @@ def _sharing_pays(model: ModelConfig) -> bool:
         start = time.perf_counter()
         sample.max()
         seconds.append(time.perf_counter() - start)
-    waits = 2 * model.layers + 3  # for the embedding, each attention and FFN, and the likeliest token and its number
+    waits = 2 * model.layers + 2  # for the embedding, each attention and FFN, and the likeliest token
     return size / sample.nbytes * statistics.median(seconds) / 2 > waits * WAITING
 
 

@@ -33,10 +33,11 @@ def test_draws_what_one_device_draws(models):
 
 
 def test_a_step_sums_once_for_the_embedding_each_attention_and_each_ffn(models):
-    """And twice for the likeliest of the tokens that two devices hold: its score, then its number."""
+    """And for the likeliest token gathers once what two devices found among theirs: score and number."""
     opcodes = [instruction.opcode for instruction in max(bodies(models[1]), key=len)]
-    assert opcodes.count("all-reduce") == 1 + 2 * CONFIG.layers + 2
-    assert not {"all-gather", "all-to-all", "collective-permute", "reduce-scatter"} & set(opcodes)
+    assert opcodes.count("all-reduce") == 1 + 2 * CONFIG.layers
+    assert opcodes.count("all-gather") == 1
+    assert not {"all-to-all", "collective-permute", "reduce-scatter"} & set(opcodes)
 
 
 def test_each_device_attends_from_its_heads_to_the_prompt(models):
@@ -45,4 +46,4 @@ def test_each_device_attends_from_its_heads_to_the_prompt(models):
     weights = {w[...].size for w in (block.attention.w_dq, block.attention.w_dkv, block.ffn.centroids)}
     computations = hlo.parse(models[1].as_text()).computations.values()
     gathers = [i for computation in computations for i in computation.values() if i.opcode == "all-gather"]
-    assert {shape.size for i in gathers for shape in i.shapes} == weights
+    assert {shape.size for i in gathers for shape in i.shapes if shape.dtype == "f32"} == weights

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from dsv2_jax import sharding
 from dsv2_jax.config import ConfigError
 from dsv2_jax.inference import sampling as ours
 from dsv2_jax.inference.sampling import GREEDY, Sampling
@@ -75,6 +76,17 @@ def test_draws_follow_the_distribution(settings):
     freedom = possible.sum() - 1
     statistic = ((counts_V - expected_V)[possible] ** 2 / expected_V[possible]).sum()
     assert statistic < freedom * (1 - 2 / (9 * freedom) + 4.75 * np.sqrt(2 / (9 * freedom))) ** 3  # Wilson-Hilferty
+
+
+@pytest.mark.parametrize("shape", ["tensor=4", "data=2,tensor=2", "data=4"])
+def test_of_equals_on_several_devices_the_lowest_is_drawn(shape):
+    logits_BV = np.full((4, 12), -np.inf, np.float32)
+    logits_BV[0, [4, 11]], logits_BV[1, [2, 3, 9]], logits_BV[3] = -2.5, 7.0, -1.0
+    logits_BV[3, 10] = -0.5
+    mesh = sharding.make_mesh(shape, jax.devices()[:4])
+    with sharding.use(mesh):
+        drawn_B = jax.jit(lambda x: sample(x, GREEDY))(jnp.asarray(logits_BV))
+    assert drawn_B.tolist() == [4, 2, 0, 10]
 
 
 def test_greedy_takes_the_lowest_of_the_best_and_no_random_number():

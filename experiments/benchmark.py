@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, metavar="T", help="decode: new tokens (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="timed runs (default: %(default)s)")
     parser.add_argument("--layers", type=int, metavar="N", help="so many of the preset's layers (default: all)")
-    faster = "the preset's; bfloat16 for float32 where the CPU multiplies it at twice the rate"
+    faster = "the preset's; of several rows bfloat16 for float32 where the CPU multiplies it at twice the rate"
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"compute dtype (default: {faster})")
     parser.add_argument("--remat", choices=["none", "dots", "full"], help="train: (default: the preset's)")
     arguments = common.parse_arguments(parser)
@@ -44,7 +44,8 @@ def main() -> None:
     from kernels_pallas.measuring import about
 
     model = presets.get(arguments.preset)
-    chosen = {"dtype": arguments.dtype or common.dtype_of_cores(model.compute.dtype)}
+    rows = arguments.batch * (arguments.seq if arguments.what == "train" else 1)
+    chosen = {"dtype": arguments.dtype or common.dtype_of_cores(model.compute.dtype, rows)}
     chosen["remat"] = arguments.remat or model.compute.remat
     model = dataclasses.replace(model, compute=dataclasses.replace(model.compute, **chosen))
     if arguments.layers is not None:

@@ -183,10 +183,13 @@ def mesh_to_decode(model: ModelConfig, rows: int = 1):
     return _cores_along("tensor", fits)
 
 
-def dtype_of_cores(dtype: str) -> str:
-    """In place of float32 bfloat16, where the CPU multiplies it at twice the rate (AVX-512 BF16); else `dtype`."""
+def dtype_of_cores(dtype: str, rows: int) -> str:
+    """In place of float32 bfloat16, where the CPU multiplies that at twice the rate (AVX-512 BF16); else `dtype`.
+
+    Not of a single row: XLA multiplies a vector in float32, and would keep the weights in both.
+    """
     flags = CPUINFO.read_text().split() if CPUINFO.exists() else []
-    return "bfloat16" if dtype == "float32" and "avx512_bf16" in flags else dtype
+    return "bfloat16" if dtype == "float32" and rows > 1 and "avx512_bf16" in flags else dtype
 
 
 @functools.cache

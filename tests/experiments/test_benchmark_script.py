@@ -28,7 +28,7 @@ def test_one_json_line(arguments, tokens):
     (line,) = done.stdout.splitlines()
     figures = json.loads(line)
     assert figures["preset"] == "tiny"
-    assert figures["dtype"] == common.dtype_of_cores("float32")
+    assert figures["dtype"] == common.dtype_of_cores("float32", 2)
     assert figures["layers"] == (2 if "train" in arguments else 3)
     assert figures["command"] == " ".join(["python", "experiments/benchmark.py", *command[2:]])
     assert figures["jax"] == jax.__version__

@@ -93,5 +93,6 @@ def test_cores_that_multiply_bfloat16_faster_do(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(common, "CPUINFO", tmp_path / "cpuinfo" if flags else tmp_path / "none")
         (tmp_path / "cpuinfo").write_text(f"model name: one\nflags\t\t: fpu {flags} vme\n")
-        assert common.dtype_of_cores("float32") == found
-        assert common.dtype_of_cores("bfloat16") == "bfloat16"
+        assert common.dtype_of_cores("float32", 2) == found
+        assert common.dtype_of_cores("float32", 1) == "float32"
+        assert common.dtype_of_cores("bfloat16", 1) == "bfloat16"

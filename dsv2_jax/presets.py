@@ -17,7 +17,8 @@ from dsv2_jax.config import (
     YarnConfig,
 )
 
-# What is fastest on a CPU (experiments/benchmark.py): float32, nothing recomputed, few layers unrolled, small chunks.
+# What is fastest on a CPU (experiments/benchmark.py): nothing recomputed, few layers unrolled, small chunks; float32,
+# or with AVX-512 BF16, of models wider than `tiny`, bfloat16.
 CPU = ComputeConfig(dtype="float32", remat="none", unroll=3, loss_chunk=64)
 
 V2 = ModelConfig(

@@ -184,7 +184,7 @@ def mesh_to_decode(model: ModelConfig, rows: int = 1):
 
 
 def dtype_of_cores(dtype: str, rows: int) -> str:
-    """In place of float32 bfloat16, where the CPU multiplies that at twice the rate (AVX-512 BF16); else `dtype`.
+    """`dtype`, but bfloat16 for float32 where the CPU multiplies it at twice the rate (AVX-512 BF16).
 
     Not of a single row: XLA multiplies a vector in float32, and would keep the weights in both.
     """

@@ -74,7 +74,7 @@ def test_shared_experts_are_computed_while_rows_travel(function, permutes, dots)
             started += 1
         elif name and " collective-permute-done(" in line:
             travelling.discard(re.search(r"collective-permute-done\(%?([\w.-]+)", line)[1])
-        elif travelling and re.search(r"fusion\(|convolution\(", line) and re.search(r"shared\)*/dot_general", line):
+        elif travelling and re.search(r"fusion\(|convolution\(", line) and re.search(r"shared\)*/\S*dot_general", line):
             overlapped.append(name[1])
     assert started == permutes
     assert len(overlapped) >= dots

@@ -1,4 +1,4 @@
-"""Pre-training, from a config and a folder to a finished checkpoint: `train` reads from top to bottom."""
+"""Pre-training, from a config and a folder to a finished checkpoint: `train` opens all it needs, `_steps` runs."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ import tqdm
 
 from dsv2_jax import config_io, sharding
 from dsv2_jax.checkpoint import Checkpoints
-from dsv2_jax.config import ConfigError, ExperimentConfig, check
+from dsv2_jax.config import ConfigError, ExperimentConfig, ProfileConfig, check
 from dsv2_jax.data.pipeline import TrainIterator, held_out_batches, merge_states
 from dsv2_jax.data.prepare import prepare
 from dsv2_jax.data.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def train(
     damaged, `CheckpointError` when no checkpoint can be read or the next one written, `TrainingFailed` after
     `max_bad_steps` non-finite steps in a row.
     """
-    workdir, settings, model = Path(workdir), config.train, config.model
+    workdir, settings, keep = Path(workdir), config.train, config.train.checkpoint
     is_main = jax.process_index() == 0
     say = tqdm.tqdm.write if is_main else lambda message: None
     mesh = open_mesh(config, mesh)
@@ -89,10 +89,8 @@ def train(
     first_process_first(lambda: keep_config(config, workdir))
 
     with contextlib.ExitStack() as stack:
-        # Where the run stands.
         data = data or first_process_first(lambda: open_data(config, workdir, placing))
         stack.callback(data.rows.close)
-        keep = settings.checkpoint
         folder = workdir / "checkpoints"
         checkpoints = Checkpoints(folder, keep_last=keep.keep_last, keep_every=keep.keep_every, report=say)
         stack.callback(checkpoints.close)
@@ -109,35 +107,74 @@ def train(
             say(f"{workdir}: resuming after step {start} of {settings.steps}")
         del restored
 
-        # What it reports.
         log = MetricsLog(workdir, step=start, enabled=is_main)
         stack.callback(log.close)
         if matmul_rate is None:
-            matmul_rate = measure_matmul_rate(model.compute.dtype) * machines(mesh)
-        say(f"matmul rate {matmul_rate / 1e9:.0f} GFLOP/s in {model.compute.dtype}; {balance_text(config)}")
+            matmul_rate = measure_matmul_rate(config.model.compute.dtype) * machines(mesh)
+        say(f"matmul rate {matmul_rate / 1e9:.0f} GFLOP/s in {config.model.compute.dtype}; {balance_text(config)}")
         if start == 0:
             log.write(0, **data.facts, balance_losses=balance_text(config))
-        flops_per_token = training_flops_per_token(model, settings.sequence_length)
-        progress = Progress(config, log, start=start, full_tokens_per_second=matmul_rate / flops_per_token)
+        full_rate = matmul_rate / training_flops_per_token(config.model, settings.sequence_length)
+        progress = Progress(config, log, start=start, full_tokens_per_second=full_rate)
         stack.callback(progress.close)
-        stopped_by, agreement = stack.enter_context(_stop_signals()), Agreement(mesh)
-        stack.enter_context(sharding.use(mesh))
-        stack.enter_context(ending_with_the_others())
-        tracing = stack.enter_context(contextlib.ExitStack())
+        run = _Run(config, workdir, mesh, placing, data, checkpoints, log, progress, say)
+        with sharding.use(mesh), ending_with_the_others():
+            done = _steps(run, state, start)
+    return summary(workdir) | {"step": done}
 
-        # The run. A step is dispatched before the metrics of the one before it are read, so the device never waits.
-        batches = batch_schedule(settings)
-        train_step = make_train_step(config, mesh, placing.run_rows)
-        profile, traced = settings.profile, range(0)
-        if profile:  # of a run resumed inside the window, the rest
-            traced = range(max(profile.start, start), profile.start + profile.steps)
-        pending = None
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What the steps of a run share, beside the state that they change."""
+
+    config: ExperimentConfig
+    workdir: Path
+    mesh: jax.sharding.Mesh | None
+    placing: Placing
+    data: Data
+    checkpoints: Checkpoints
+    log: MetricsLog
+    progress: Progress
+    say: Callable[[str], None]
+
+    def save(self, step: int, state: State) -> None:
+        """{state, iterator, config}; the iterator's place is that of the rows of all processes."""
+        places = gather_json(self.data.rows.get_state())
+        iterator = self.data.merge(places) if len(places) > 1 else places[0]
+        tree = {"params": state.model, "training": training_part(state)}
+        self.checkpoints.save(step, **tree, iterator=iterator, config=config_io.to_dict(self.config))
+
+    def evaluate_held_out(self, step: int, model) -> None:
+        """A row of the log: the held-out loss, beside a unigram model's, and the load of the experts in this step."""
+        settings, unigram = self.config.train, self.data.unigram_bits_per_byte
+        batches = self.data.held_out(settings.microbatch_size or settings.batch_size)
+        row = evaluate(model, map(self.placing.put, islice(batches, settings.evaluation.batches)))
+        load_LE = self.progress.load_LE
+        load = {} if load_LE is None else {"expert_load": load_LE.tolist()}
+        self.log.write(step, **row, unigram_bits_per_byte=unigram, **load)
+        beside = "" if unigram is None else f" (unigram model: {unigram:.4f})"
+        self.say(f"step {step}: held-out bits per byte {row['held_out/bits_per_byte']:.4f}{beside}")
+
+    def kept(self) -> str:
+        self.checkpoints.wait()
+        steps, folder = self.checkpoints.steps(), self.checkpoints.folder
+        return f"The last checkpoint is {folder / str(steps[-1])}." if steps else "There is no checkpoint yet."
+
+
+def _steps(run: _Run, state: State, start: int) -> int:
+    """Steps from `start` to the last one, or until a signal; returns how many are done.
+
+    A step is dispatched before the metrics of the one before it are read, so the device never waits.
+    """
+    settings, progress, readers = run.config.train, run.progress, run.placing.readers
+    batches, microbatch = batch_schedule(settings), settings.microbatch_size and settings.microbatch_size // readers
+    train_step = make_train_step(run.config, run.mesh, run.placing.run_rows)
+    agreement, pending = Agreement(run.mesh), None
+    with _stop_signals() as stopped_by, _Trace(settings.profile, start, run.workdir / "profile", run.say) as trace:
         for step in range(start, settings.steps):
-            if step in traced[:1]:
-                tracing.enter_context(jax.profiler.trace(str(workdir / "profile")))
-            rows = data.rows.next(batches.size_at(step))
-            batch = split(rows, settings.microbatch_size and settings.microbatch_size // placing.readers)
-            state, metrics = train_step(state, placing.put(batch, microbatches=True))
+            trace.before(step)
+            batch = split(run.data.rows.next(batches.size_at(step)), microbatch)
+            state, metrics = train_step(state, run.placing.put(batch, microbatches=True))
             stopping = agreement.ask(bool(stopped_by))
             bad_steps = progress.read(pending)
             pending, done = metrics, step + 1
@@ -150,39 +187,49 @@ def train(
             if bad_steps >= settings.max_bad_steps:
                 raise TrainingFailed(
                     f"{bad_steps} steps in a row, up to step {progress.row['step']}, had a loss or gradient that is "
-                    f"not finite. {_kept(checkpoints)} Look at their data, or lower train.optimizer.peak_lr."
+                    f"not finite. {run.kept()} Look at their data, or lower train.optimizer.peak_lr."
                 )
-            if step in traced and (last or step == traced[-1]):
-                jax.block_until_ready(state.step)
-                tracing.close()
-                say(f"profile of {done - traced.start} steps in {workdir / 'profile'}")
+            trace.after(step, state, last)
             if must_evaluate:
-                size = settings.microbatch_size or settings.batch_size
-                held_out = map(placing.put, islice(data.held_out(size), settings.evaluation.batches))
-                row = evaluate(state.model, held_out)
-                load = {} if progress.load_LE is None else {"expert_load": progress.load_LE.tolist()}
-                log.write(done, **row, unigram_bits_per_byte=data.unigram_bits_per_byte, **load)
-                say(f"step {done}: held-out bits per byte {row['held_out/bits_per_byte']:.4f}{_beside(data)}")
+                run.evaluate_held_out(done, state.model)
             # Skipped steps leave the parameters as they were, but a streak of them must not push out good checkpoints;
             # the end of the run is saved always, so that the run is complete.
             if must_save and (bad_steps == 0 or done == settings.steps):
-                _save(checkpoints, done, state, data, config)
+                run.save(done, state)
             if must_save or must_evaluate:
                 progress.restart_clock()
             if stopping and done < settings.steps:
                 who = stopped_by[0] if stopped_by else "a signal to another process"
-                say(f"stopped by {who} after step {done}. {_kept(checkpoints)} The same command goes on.")
+                run.say(f"stopped by {who} after step {done}. {run.kept()} The same command goes on.")
                 break
-        checkpoints.wait()
-    return summary(workdir) | {"step": done}
+        run.checkpoints.wait()
+    return done
 
 
-def _save(checkpoints: Checkpoints, step: int, state: State, data: Data, config: ExperimentConfig) -> None:
-    """{state, iterator, config}; the iterator's place is that of the rows of all processes."""
-    places = gather_json(data.rows.get_state())
-    iterator = data.merge(places) if len(places) > 1 else places[0]
-    tree = {"params": state.model, "training": training_part(state)}
-    checkpoints.save(step, **tree, iterator=iterator, config=config_io.to_dict(config))
+class _Trace:
+    """The profiler's trace of the steps that `profile` names (None: none), into `folder`."""
+
+    def __init__(self, profile: ProfileConfig | None, start: int, folder: Path, say: Callable[[str], None]):
+        self._steps, self._folder, self._say = range(0), folder, say
+        if profile:  # of a run resumed inside the window, the rest
+            self._steps = range(max(profile.start, start), profile.start + profile.steps)
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self._open.close()
+
+    def before(self, step: int) -> None:
+        if step in self._steps[:1]:
+            self._open.enter_context(jax.profiler.trace(str(self._folder)))
+
+    def after(self, step: int, state: State, last: bool) -> None:
+        if step in self._steps and (last or step == self._steps[-1]):
+            jax.block_until_ready(state.step)
+            self._open.close()
+            self._say(f"profile of {step + 1 - self._steps.start} steps in {self._folder}")
 
 
 def summary(workdir: str | Path) -> dict:
@@ -285,16 +332,6 @@ def balance_text(config: ExperimentConfig) -> str:
         return "no experts, no balance losses"
     values = {name: getattr(config.model.moe.balance, name) for name in BALANCE}
     return "balance losses: " + ", ".join(f"{name} {'off' if v is None else v}" for name, v in values.items())
-
-
-def _kept(checkpoints: Checkpoints) -> str:
-    checkpoints.wait()
-    steps = checkpoints.steps()
-    return f"The last checkpoint is {checkpoints.folder / str(steps[-1])}." if steps else "There is no checkpoint yet."
-
-
-def _beside(data: Data) -> str:
-    return "" if data.unigram_bits_per_byte is None else f" (unigram model: {data.unigram_bits_per_byte:.4f})"
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv2_jax import sharding
 from dsv2_jax.config import check
 from dsv2_jax.inference.sampling import GREEDY, Sampling, log_probs, row_keys, sample
 from dsv2_jax.types import pytree
@@ -182,7 +183,8 @@ def _advance(model, state: State, until, eos, sampling: Sampling) -> State:
             log_probs_BL=log_probs_BL,
         )
 
-    return jax.lax.while_loop(running, draw, state)
+    with sharding.use_of(jax.tree.leaves(model)[0]):
+        return jax.lax.while_loop(running, draw, state)
 
 
 advance = jax.jit(_advance, static_argnames="sampling", donate_argnames="state")

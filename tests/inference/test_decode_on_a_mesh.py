@@ -15,15 +15,15 @@ CONFIG = change(MODEL, layers=2, attention__heads=4, vocab_size=64, dense_width=
 PROMPT_BT = np.random.default_rng(0).integers(0, 64, (4, 5), np.int32)
 
 
-@pytest.fixture(scope="module")
-def models():
+@pytest.fixture(scope="module", params=["asked for", "that of the weights"])
+def models(request):
     """(on one device, compiled for a mesh, on that mesh)."""
     mesh, alone = (
         sharding.make_mesh("tensor=2", jax.devices()[:2]),
         made(lambda key: Transformer(CONFIG, key).unstacked()),
     )
     placed = jax.device_put(alone, sharding.tree_shardings(alone, mesh))
-    with sharding.use(mesh):
+    with sharding.use(mesh if request.param == "asked for" else None):
         return alone, generate_tokens.lower(placed, PROMPT_BT, 6).compile(), placed
 
 

@@ -6,9 +6,9 @@ from flax import nnx
 
 from dsv2_jax import sharding
 from dsv2_jax.config import ModelConfig
-from dsv2_jax.model import cache as caching
 from dsv2_jax.model import parallel, rope
 from dsv2_jax.model.layers import RMSNorm, parameter, project, project_local
+from kernels_pallas.cache_append import append
 from kernels_pallas.flash_attention import flash_attention
 from kernels_pallas.latent_attention import latent_attention
 
@@ -111,6 +111,6 @@ class MLA(nnx.Module):
     def decode(self, h_BTD, cos_sin: CosSin, cache_BSC, offset_B) -> tuple[jax.Array, jax.Array]:
         """Attends from a chunk of new tokens to the cache, they themselves included; returns u_BTD and the cache."""
         q_C_BTNH, q_R_BTNP = self.queries(h_BTD, cos_sin)
-        cache_BSC = caching.append(cache_BSC, self.latents(h_BTD, cos_sin), offset_B)
+        cache_BSC = append(cache_BSC, self.latents(h_BTD, cos_sin), offset_B)
         form = self.absorbed if h_BTD.shape[1] <= self.longest_absorbed else self.expanded
         return self.output(form(q_C_BTNH, q_R_BTNP, cache_BSC, offset_B=offset_B)), cache_BSC

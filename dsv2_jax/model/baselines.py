@@ -6,9 +6,9 @@ from flax import nnx
 
 from dsv2_jax import sharding
 from dsv2_jax.config import ModelConfig
-from dsv2_jax.model import cache as caching
 from dsv2_jax.model import parallel, rope
 from dsv2_jax.model.layers import parameter, project
+from kernels_pallas.cache_append import append
 from kernels_pallas.flash_attention import flash_attention
 
 
@@ -53,6 +53,6 @@ class GQA(nnx.Module):
     def decode(self, h_BTD, cos_sin, cache_BSC, offset_B) -> tuple[jax.Array, jax.Array]:
         """Attends from a chunk of new tokens to the cache, they themselves included; returns u_BTD and the cache."""
         kv_BTCKH = self.keys_values(h_BTD, cos_sin)
-        cache_BSC = caching.append(cache_BSC, kv_BTCKH.reshape(*kv_BTCKH.shape[:2], -1), offset_B)
+        cache_BSC = append(cache_BSC, kv_BTCKH.reshape(*kv_BTCKH.shape[:2], -1), offset_B)
         kv_BSCKH = cache_BSC.reshape(*cache_BSC.shape[:2], *kv_BTCKH.shape[2:])
         return self.attend(self.queries(h_BTD, cos_sin), kv_BSCKH, offset_B=offset_B), cache_BSC

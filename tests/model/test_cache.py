@@ -13,7 +13,7 @@ from small import GQA, MODEL, YARN, change, made
 from dsv2_jax import presets
 from dsv2_jax.model import rope, router
 from dsv2_jax.model.attention import MLA
-from dsv2_jax.model.cache import append, entry_width, make_cache
+from dsv2_jax.model.cache import entry_width, make_cache
 from dsv2_jax.model.transformer import Transformer
 from oracles.compare import worst
 
@@ -100,23 +100,6 @@ def test_decoding_is_causal_and_rows_are_apart():
     assert worst(second[0, :8], first[0, :8]) < 1e-6
     assert worst(second[1], first[1]) < 1e-6
     assert worst(second[0, 8:], first[0, 8:]) > 1e-2
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_append_writes_where_it_should_and_nowhere_else(dtype):
-    cache_BSC, offset_B = jnp.zeros((3, 6, 2), dtype), jnp.array([1, 5, 6])
-    two_BSC = append(cache_BSC, jnp.ones((3, 2, 2)), offset_B)
-    np.testing.assert_array_equal(two_BSC[..., 0], [[0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1], [0] * 6])
-    one_BSC = append(two_BSC, jnp.full((3, 1, 2), 2.0), offset_B)
-    np.testing.assert_array_equal(one_BSC[..., 1], [[0, 2, 1, 0, 0, 0], [0, 0, 0, 0, 0, 2], [0] * 6])
-    assert one_BSC.dtype == dtype
-
-
-def test_one_entry_is_written_into_bfloat16_without_widening_the_cache():
-    """XLA on CPUs widens what it scatters into."""
-    operands = jnp.zeros((2, 96, 5), jnp.bfloat16), jnp.ones((2, 1, 5), jnp.bfloat16), jnp.array([3, 9])
-    compiled = jax.jit(append, donate_argnums=0).lower(*operands).compile()
-    assert "f32[2,96,5]" not in compiled.as_text().split("ENTRY")[1]
 
 
 def test_cache_holds_576_numbers_a_token_and_layer():

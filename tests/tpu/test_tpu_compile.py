@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dsv2_jax.model.cache import append
+from kernels_pallas.cache_append import append
 from kernels_pallas.flash_attention import flash_attention
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, shapes
 from kernels_pallas.grouped_matmul import tpu as grouped_tpu

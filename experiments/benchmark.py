@@ -43,14 +43,22 @@ def main() -> None:
     from dsv2_jax.train.metrics import measure_matmul_rate
     from kernels_pallas.measuring import about
 
-    model = presets.get(arguments.preset)
-    rows = arguments.batch * (arguments.seq if arguments.what == "train" else 1)
-    chosen = {"dtype": arguments.dtype or common.dtype_of_cores(model.compute.dtype, rows)}
-    chosen["remat"] = arguments.remat or model.compute.remat
-    model = dataclasses.replace(model, compute=dataclasses.replace(model.compute, **chosen))
+    def computing(model, **chosen):
+        return dataclasses.replace(model, compute=dataclasses.replace(model.compute, **chosen))
+
+    training, model = arguments.what == "train", presets.get(arguments.preset)
     if arguments.layers is not None:
         model = dataclasses.replace(model, layers=arguments.layers)
-    result = (train if arguments.what == "train" else decode)(model, arguments)
+    compute = model.compute
+    model = computing(model, dtype=arguments.dtype or compute.dtype, remat=arguments.remat or compute.remat)
+    if training:
+        mesh = common.mesh_of_cores(experiment(model, arguments))
+    else:
+        mesh = common.mesh_to_decode(model, arguments.batch)
+    if arguments.dtype is None:
+        rows = arguments.batch * (arguments.seq if training else 1)
+        model = computing(model, dtype=common.dtype_of_cores(compute.dtype, rows))
+    result = (train if training else decode)(model, mesh, arguments)
     rate = measure_matmul_rate(model.compute.dtype)
     flops_per_second = result["flops_per_token"] * result["tokens_per_second"]
     result |= {"matmul_flops_per_second": rate, "share_of_matmul_rate": flops_per_second / rate}
@@ -70,12 +78,20 @@ def timed(run, repeats: int) -> list[float]:
     return seconds[2:]
 
 
-def train(model, arguments) -> dict:
+def experiment(model, arguments):
+    from dsv2_jax.config import DataConfig, ExperimentConfig, OptimizerConfig, SourceConfig, TrainConfig
+
+    optimizer = OptimizerConfig(peak_lr=1e-3)
+    settings = TrainConfig(steps=1000, sequence_length=arguments.seq, batch_size=arguments.batch, optimizer=optimizer)
+    unused = DataConfig(sources=(SourceConfig(name="none", paths=("none",)),))
+    return ExperimentConfig(model=model, train=settings, data=unused)
+
+
+def train(model, mesh, arguments) -> dict:
     import jax
     import numpy as np
 
     from dsv2_jax import sharding
-    from dsv2_jax.config import DataConfig, ExperimentConfig, OptimizerConfig, SourceConfig, TrainConfig
     from dsv2_jax.model.counting import training_flops_per_token
     from dsv2_jax.train.loop import split
     from dsv2_jax.train.placing import Placing
@@ -83,15 +99,11 @@ def train(model, arguments) -> dict:
     from dsv2_jax.train.step import make_train_step
     from dsv2_jax.types import Batch
 
-    shape, optimizer = (arguments.batch, arguments.seq), OptimizerConfig(peak_lr=1e-3)
-    settings = TrainConfig(steps=1000, sequence_length=arguments.seq, batch_size=arguments.batch, optimizer=optimizer)
-    unused = DataConfig(sources=(SourceConfig(name="none", paths=("none",)),))
-    config = ExperimentConfig(model=model, train=settings, data=unused)
+    config, shape = experiment(model, arguments), (arguments.batch, arguments.seq)
     tokens_BT = np.random.default_rng(0).integers(0, model.vocab_size, shape, np.int32)
     ones_BT = np.ones(shape, np.int32)
     positions_BT = np.broadcast_to(np.arange(arguments.seq, dtype=np.int32), shape)
     batch = Batch(tokens_BT, np.roll(tokens_BT, -1, 1), ones_BT.astype(np.float32), ones_BT, positions_BT, ones_BT)
-    mesh = common.mesh_of_cores(config)
     batch = Placing(mesh, arguments.batch).put(split(batch, None), microbatches=True)
     step, held = make_train_step(config, mesh), [new_state(config, mesh)]
 
@@ -105,7 +117,7 @@ def train(model, arguments) -> dict:
     return {"tokens_per_second": tokens / median, "median_step_seconds": median, "flops_per_token": flops}
 
 
-def decode(model, arguments) -> dict:
+def decode(model, mesh, arguments) -> dict:
     import jax
     import numpy as np
 
@@ -115,7 +127,6 @@ def decode(model, arguments) -> dict:
     from dsv2_jax.model.transformer import Transformer
 
     prompt_BT = np.random.default_rng(0).integers(0, model.vocab_size, (arguments.batch, arguments.prompt), np.int32)
-    mesh = common.mesh_to_decode(model, arguments.batch)
 
     def make(key):
         return Transformer(model, key).unstacked()

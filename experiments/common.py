@@ -184,12 +184,16 @@ def mesh_to_decode(model: ModelConfig, rows: int = 1):
 
 
 def dtype_of_cores(dtype: str, rows: int) -> str:
-    """`dtype`, but bfloat16 for float32 where the CPU multiplies it at twice the rate (AVX-512 BF16).
+    """`dtype`, but bfloat16 for float32 on a CPU that multiplies it at twice the rate (AVX-512 BF16).
 
-    Not of a single row: XLA multiplies a vector in float32, and would keep the weights in both.
+    Not of a single row: XLA multiplies a vector in float32, and would keep the weights in both. This starts JAX: call
+    it after what chooses the devices.
     """
+    import jax
+
     flags = CPUINFO.read_text().split() if CPUINFO.exists() else []
-    return "bfloat16" if dtype == "float32" and rows > 1 and "avx512_bf16" in flags else dtype
+    faster = rows > 1 and "avx512_bf16" in flags and jax.default_backend() == "cpu"
+    return "bfloat16" if dtype == "float32" and faster else dtype
 
 
 @functools.cache

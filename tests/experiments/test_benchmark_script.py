@@ -17,8 +17,12 @@ EXPERIMENTS = pathlib.Path(common.__file__).parent
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "tokens"),
-    [(["train", "--batch=2", "--seq=16", "--layers=2"], 2 * 16), (["decode", "--batch=2", "--prompt=4", "--new=8"], 2)],
-    ids=["train", "decode"],
+    [
+        (["train", "--batch=2", "--seq=16", "--layers=2"], 2 * 16),
+        (["decode", "--batch=2", "--prompt=4", "--new=8"], 2),
+        (["decode", "--batch=1", "--prompt=4", "--new=8"], 1),
+    ],
+    ids=["train", "decode", "decode one row"],
 )
 def test_one_json_line(arguments, tokens):
     command = [sys.executable, str(EXPERIMENTS / "benchmark.py"), *arguments, "--preset=tiny", "--repeats=1"]
@@ -28,7 +32,7 @@ def test_one_json_line(arguments, tokens):
     (line,) = done.stdout.splitlines()
     figures = json.loads(line)
     assert figures["preset"] == "tiny"
-    assert figures["dtype"] == common.dtype_of_cores("float32", 2)
+    assert figures["dtype"] == ("float32" if tokens == 1 else common.dtype_of_cores("float32", 2))
     assert figures["layers"] == (2 if "train" in arguments else 3)
     assert figures["command"] == " ".join(["python", "experiments/benchmark.py", *command[2:]])
     assert figures["jax"] == jax.__version__

@@ -96,3 +96,7 @@ def test_cores_that_multiply_bfloat16_faster_do(tmp_path, monkeypatch):
         assert common.dtype_of_cores("float32", 2) == found
         assert common.dtype_of_cores("float32", 1) == "float32"
         assert common.dtype_of_cores("bfloat16", 1) == "bfloat16"
+    monkeypatch.setattr(common, "CPUINFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("flags\t\t: avx512_bf16\n")
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert common.dtype_of_cores("float32", 2) == "float32"

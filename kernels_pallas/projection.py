@@ -1,4 +1,4 @@
-"""A matmul of activations by weights, as XLA multiplies them fastest: einsum, but for a few rows on a CPU."""
+"""A matmul of activations by weights, as XLA multiplies them fastest: einsum, but on a CPU."""
 
 import math
 
@@ -14,9 +14,9 @@ FEW_ROWS = 16  # rows up to which a matmul costs no more than reading its weight
 def einsum(equation: str, a: jax.Array, b: jax.Array, dtype=None) -> jax.Array:
     """A matmul, of no batch axes, whose result is of `dtype` (None: that of a).
 
-    XLA on CPUs multiplies bfloat16 as such, at twice the rate of float32 where the processor can, only if it may leave
-    the result in float32; else it widens both operands. The rounding to `dtype` is the same. (Of batched matmuls into
-    which a transpose is folded it then finds no code.)
+    XLA on CPUs multiplies bfloat16 as such, at twice the rate of float32 where the processor can (AVX-512 BF16), only
+    if it may leave the result in float32; else it widens both operands. The rounding to `dtype` is the same. (Of
+    batched matmuls into which a transpose is folded it then finds no code.)
     """
     dtype = dtype or a.dtype
     wanted = jnp.float32 if target().platform == "cpu" else dtype
@@ -28,8 +28,8 @@ def project(equation: str, x: jax.Array, w: jax.Array, dtype=None) -> jax.Array:
 
     XLA on CPUs packs the second operand of a matmul anew at every call: of few rows the weights had better be the
     first, with their outputs leading. Behind barriers XLA transposes them once, before a decoding loop, which then
-    holds a second copy of them, and does not swap the operands back. (A single row is a matrix-vector product; bfloat16
-    is as fast as it lies.)
+    holds a second copy of them, and does not swap the operands back. (A single row is a matrix-vector product, which
+    XLA computes in float32; of more, bfloat16 is as fast as it lies where there is AVX-512 BF16.)
     """
     x_axes, w_axes, _ = equation.replace("->", ",").split(",")
     summed = len(set(x_axes) & set(w_axes))

@@ -159,7 +159,10 @@ def test_loss_chunk_reaches_the_loss():
 
 @pytest.mark.parametrize("shape", ["data=1", "tensor=2", "context=2"])
 def test_on_cpus_every_matmul_of_bfloat16_leaves_its_result_in_float32(shape):
-    """Forward and backward: XLA on CPUs widens the operands of others, and multiplies at half the rate."""
+    """Forward and backward: XLA on CPUs widens the operands of others, and multiplies at half the rate.
+
+    (JAX's gradient of the shared experts' matmuls widens both operands first; XLA takes that back.)
+    """
     config = change(MODEL, compute__dtype="bfloat16", attention__heads=4, vocab_size=64, moe__expert_width=16)
     mesh = sharding.make_mesh(shape, jax.devices()[:2] if "2" in shape else jax.devices()[:1])
     model = jax.eval_shape(lambda: Transformer(config, jax.random.key(0)))

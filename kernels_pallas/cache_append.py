@@ -1,4 +1,4 @@
-"""The entries of new tokens into a decoding cache."""
+"""New tokens' entries, written into a decoding cache."""
 
 import jax
 import jax.numpy as jnp

@@ -183,7 +183,7 @@ def _advance(model, state: State, until, eos, sampling: Sampling) -> State:
             log_probs_BL=log_probs_BL,
         )
 
-    with sharding.use_of(jax.tree.leaves(model)[0]):
+    with sharding.use_of(jax.tree.leaves(model)[0]):  # tokens are drawn on the mesh of the weights, as they are scored
         return jax.lax.while_loop(running, draw, state)
 
 
